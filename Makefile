@@ -1,0 +1,53 @@
+# On a fresh machine with Python >= 3.11: `make demo`, then `make test`.
+PYTHON ?= python3
+# Each interpreter gets its own environment: make test PYTHON=python3.13
+VENV ?= .venv$(if $(filter-out python3,$(notdir $(PYTHON))),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+WORKDIR ?= runs/demo
+
+.PHONY: help demo test test-slow check parity bench clean
+
+help:
+	@echo "make demo       pretrain a small T5 on real text (about 5 minutes), or resume"
+	@echo "make test       all tests but the slow ones"
+	@echo "make test-slow  the slow ones"
+	@echo "make check      ruff and pyright"
+	@echo "make parity     live comparison with PyTorch/transformers (installs them)"
+	@echo "make bench      ratios against PyTorch and plain NumPy, measured side by side"
+	@echo "make clean      remove the environments and caches (not runs/)"
+
+$(VENV)/installed: pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/parity-installed: $(VENV)/installed
+	$(PIP) -e '.[dev,parity]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m t5x_lite.train --config=configs/demo.py --workdir=$(WORKDIR)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow and not parity"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+parity: $(VENV)/parity-installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m parity
+
+bench: $(VENV)/parity-installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.data
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.train
+	$(BIN)/python -m tests.bench.startup
+
+clean:
+	rm -rf .venv* build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,34 @@
+"""The demo: a small T5.1.1 on Austen and the King James Bible.   make demo
+
+    python -m t5x_lite.train --config=configs/demo.py --workdir=runs/demo
+
+Hardware, wall time, held-out loss: not yet measured."""
+
+from configs import base
+
+
+def get_config(arg=""):
+    c = base.get_config()
+    c.steps = 600
+    c.eval_every = 200
+    c.checkpoint.every = 100
+    c.data.vocab = "data/vocab_4k.model"
+    c.data.inputs_length = 128
+    c.data.batch_size = 32
+    c.model.update(
+        dict(
+            d_model=192,
+            d_ff=512,
+            heads=4,
+            head_dim=48,
+            encoder_layers=3,
+            decoder_layers=3,
+        )
+    )
+    c.optim.name = "adamw"
+    c.optim.schedule = "cosine"
+    c.optim.learning_rate = 3e-3
+    c.optim.warmup_steps = 50
+    c.optim.final_fraction = 0.05
+    c.optim.clip_norm = 1.0
+    return base.smoke(c) if arg == "smoke" else c

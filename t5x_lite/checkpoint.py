@@ -1,0 +1,259 @@
+"""Checkpoints through Orbax: the state, and what is needed to go on exactly.
+
+`workdir/checkpoints/STEP/` holds `state` (parameters, optimizer, step) and `meta` (the
+config, the data's fingerprint and position). Orbax writes asynchronously into a
+temporary directory and renames it when complete, so a kill at any instant leaves the
+checkpoints before it whole.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from t5x_lite import config as config_lib
+from t5x_lite import layers, model
+
+METRIC = "heldout_loss"
+# What Orbax and TensorStore raise for files they cannot write or read.
+_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+
+
+class Checkpoints:
+    """Saves and restores the train state of one workdir.
+
+    Keeps the newest `keep_last`, every `keep_every`-th step and the `keep_best` with
+    the lowest held-out loss.
+    """
+
+    def __init__(self, workdir, cfg: config_lib.CheckpointConfig):
+        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        keep: list[Any] = [policies.LatestN(cfg.keep_last)]
+        if cfg.keep_every:
+            keep.append(policies.EveryNSteps(cfg.keep_every))
+        if cfg.keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    reverse=True,
+                    n=cfg.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state, meta: dict, heldout_loss: float | None = None):
+        """Starts writing; waits first if the previous write has not ended.
+
+        Raises:
+          OSError: if this or the previous write failed (a full disk, say). Older
+            checkpoints are not touched by a failed write.
+        """
+        metrics = None if heldout_loss is None else {METRIC: heldout_loss}
+        with self._write_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+                metrics=metrics,
+            )
+
+    def wait(self):
+        """Blocks until what was saved is on disk."""
+        with self._write_errors():
+            self._manager.wait_until_finished()
+
+    def close(self):
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _write_errors(self):
+        try:
+            yield
+        except _ERRORS as e:
+            have = sorted(
+                int(p.name) for p in self.directory.glob("*") if p.name.isdigit()
+            )
+            raise OSError(
+                f"writing a checkpoint below {self.directory} failed: "
+                f"{_first_line(e)}. Complete checkpoints there: {have or 'none'}. Free "
+                "some space or fix the directory, then run the same command: it resumes."
+            ) from e
+
+    def choose(self, asked: int) -> int | None:
+        """The step to restore: `asked`, the latest for -1, None if there is none."""
+        have = self.steps()
+        if asked == -1:
+            return have[-1] if have else None
+        if asked not in have:
+            raise ValueError(
+                f"config.checkpoint.restore_step={asked} is not in {self.directory}: "
+                f"it has {have or 'no checkpoints'}. Use one of them, or -1."
+            )
+        return asked
+
+    def meta(self, step: int) -> dict:
+        """What `save` was given as meta."""
+        with self._read_errors(step):
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            )
+        return restored["meta"]
+
+    def restore(self, step: int, abstract_state):
+        """The state at `step`, placed as `abstract_state` says (any mesh)."""
+        with self._read_errors(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
+            )
+        return restored["state"]
+
+    @contextlib.contextmanager
+    def _read_errors(self, step: int):
+        try:
+            yield
+        except _ERRORS as e:
+            others = [s for s in self.steps() if s != step]
+            way_out = (
+                f"An older one: --config.checkpoint.restore_step={others[-1]}."
+                if others
+                else "No other one is left; start in a new --workdir."
+            )
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} cannot be read; it is "
+                f"damaged or not ours: {_first_line(e)} {way_out}"
+            ) from e
+
+
+def _first_line(e: BaseException) -> str:
+    lines = f"{type(e).__name__}: {e}".strip().splitlines()
+    return lines[0][:300]
+
+
+def make_meta(cfg: config_lib.Config, step: int, data: dict) -> dict:
+    """Meta of a checkpoint.
+
+    Args:
+      data: what the order of the data depends on, e.g. the store's fingerprint.
+    """
+    return {"step": step, "config": config_lib.to_json(cfg), "data": data}
+
+
+# What the stored arrays depend on, and what the sequence of batches depends on.
+_STATE_KEYS = ("model", "optim.name", "optim.lr_rules")
+_FREE_MODEL_KEYS = ("dropout", "dtype", "remat", "scan")
+_ORDER_KEYS = ("seed", "objective", "data.batch_size", "data.inputs_length")
+
+
+def check_compatible(meta: dict, cfg: config_lib.Config, data: dict):
+    """Refuses a checkpoint that this config cannot continue exactly.
+
+    Raises:
+      ValueError: naming every key that differs with both values.
+    """
+    then, now = meta["config"], json.loads(json.dumps(config_lib.to_json(cfg)))
+
+    def differing(keys, a, b):
+        for key in keys:
+            left, right = _at(a, key), _at(b, key)
+            if isinstance(left, dict) and isinstance(right, dict):
+                for k in sorted({*left, *right}):
+                    if left.get(k) != right.get(k):
+                        yield f"config.{key}.{k}", left.get(k), right.get(k)
+            elif left != right:
+                yield f"config.{key}", left, right
+
+    free = {f"config.model.{k}" for k in _FREE_MODEL_KEYS}
+    found = [d for d in differing(_STATE_KEYS, then, now) if d[0] not in free]
+    way_out = "Restore these values, or train in a new --workdir."
+    if not found and not cfg.checkpoint.accept_changes:
+        found = [*differing(_ORDER_KEYS, then, now)]
+        found += [
+            (f"data {k}", meta["data"].get(k), v)
+            for k, v in data.items()
+            if meta["data"].get(k) != v
+        ]
+        way_out += (
+            " To go on from here on other data all the same: "
+            "--config.checkpoint.accept_changes=True."
+        )
+    if found:
+        rows = [f"{k}: {a!r} in the checkpoint, {b!r} now" for k, a, b in found]
+        raise ValueError(
+            f"the checkpoint of step {meta['step']} was made with another config:\n  - "
+            + "\n  - ".join(rows)
+            + f"\n{way_out}"
+        )
+
+
+def _at(tree: dict, path: str):
+    for part in path.split("."):
+        tree = tree[part]
+    return tree
+
+
+def load_run(workdir, step: int = -1):
+    """A finished or running run for inference: (config, model, params, step, meta).
+
+    Parameters come back as float32 arrays on the default device.
+
+    Raises:
+      FileNotFoundError: if `workdir` holds no checkpoint.
+    """
+    directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    if not directory.is_dir() or not any(p.name.isdigit() for p in directory.iterdir()):
+        raise FileNotFoundError(
+            f"--workdir={os.fspath(workdir)} has no checkpoint (looked in "
+            f"{directory.name}/). Give the --workdir of a training run."
+        )
+    reader = Checkpoints(workdir, config_lib.CheckpointConfig())
+    try:
+        chosen = reader.choose(step)
+        meta = reader.meta(chosen)
+        cfg = config_lib.freeze(meta["config"])
+        net = model.build(cfg.model)
+        with reader._read_errors(chosen):
+            params = _restore_params(directory / str(chosen) / "state", net)
+    finally:
+        reader.close()
+    return cfg, net, params, chosen, meta
+
+
+def _restore_params(path: pathlib.Path, net) -> dict:
+    """Only the parameters; the optimizer's arrays are not read."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    flat = {
+        tuple(name.split("/")): jax.ShapeDtypeStruct(
+            p.get_value().shape, np.float32, sharding=here
+        )
+        for name, p in layers.declared(net).items()
+    }
+    tree = {"params": layers.nested(flat)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                item=tree,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                partial_restore=True,
+            ),
+        )
+    return restored["params"]

@@ -1,0 +1,132 @@
+"""Token-weighted sums. A mean is taken once, at the end, from (sum, weight) pairs."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from t5x_lite.sharding import constrain
+
+
+class Sums(NamedTuple):
+    """float32 scalars summed over tokens; `objective` is what is differentiated."""
+
+    objective: jax.Array  # nll + z_loss
+    nll: jax.Array  # negative log likelihood, nats
+    z: jax.Array  # z_loss * log(Z)^2
+    correct: jax.Array  # tokens whose most likely id is the target
+    weight: jax.Array  # token weights
+
+
+LOGITS_PER_CHUNK = 2**24  # float32 numbers: 64 MiB
+
+
+def chunk_length(asked: int, batch: int, length: int, vocab: int) -> int:
+    """Target positions per chunk, so that [batch, chunk, vocab] stays small.
+
+    Args:
+      asked: config.loss.chunk; 0 = as many as fit into 64 MiB of logits.
+      batch: rows of one device.
+    """
+    most = asked or max(1, LOGITS_PER_CHUNK // (batch * vocab))
+    chunks = -(-length // min(most, length))
+    return -(-length // chunks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def cross_entropy(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk):
+    """Softmax cross-entropy of x @ kernel.T without holding [B, T, V] logits.
+
+    The gradient is made in the same pass over chunks of positions as the value, so no
+    logits are computed twice and none are kept (the head is the largest activation by
+    far: 8 x 114 x 32128 float32 are 112 MiB).
+
+    Args:
+      z_loss: weight of log(Z)^2 (Raffel et al.'s code; Chowdhery et al. 2022, sec. 5).
+      used_ids: vocabulary size; logits of the padded ids beyond it are left out.
+      chunk: positions per chunk.
+
+    Returns:
+      Sums over all tokens; only `objective` has a gradient.
+    """
+    return _chunked(
+        x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, grad=False
+    )[0]
+
+
+def _forward(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk):
+    sums, dx_BTD, dkernel_VD = _chunked(
+        x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, grad=True
+    )
+    return sums, (dx_BTD, dkernel_VD)
+
+
+def _backward(z_loss, used_ids, chunk, kept, cotangent: Sums):
+    dx_BTD, dkernel_VD = kept
+    scale = cotangent.objective
+    return (
+        dx_BTD * scale.astype(dx_BTD.dtype),
+        dkernel_VD * scale.astype(dkernel_VD.dtype),
+        None,
+        None,
+    )
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunked(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, grad):
+    B, T, D = x_BTD.shape
+    V = kernel_VD.shape[0]
+    chunks = -(-T // chunk)
+    fill = chunks * chunk - T
+
+    def split(a):
+        a = jnp.pad(a, ((0, 0), (0, fill)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, chunks, chunk, *a.shape[2:]), 1, 0)
+
+    def body(carry, of_chunk):
+        sums, dkernel_VD = carry
+        x_BCD, targets_BC, weights_BC = of_chunk
+        x_BCD = constrain(x_BCD, "batch", "length", "residual")
+        logits_BCV = jnp.einsum(
+            "BCD,VD->BCV", x_BCD, kernel_VD, preferred_element_type=jnp.float32
+        )
+        logits_BCV = constrain(logits_BCV, "batch", "length", "vocab")
+        ids_11V = jnp.arange(V)[None, None]
+        if used_ids < V:
+            logits_BCV = jnp.where(ids_11V < used_ids, logits_BCV, -jnp.inf)
+        top_BC = jnp.max(logits_BCV, axis=-1)
+        exp_BCV = jnp.exp(logits_BCV - top_BC[..., None])
+        total_BC = jnp.sum(exp_BCV, axis=-1)
+        log_z_BC = jnp.log(total_BC) + top_BC
+        is_target_BCV = ids_11V == targets_BC[..., None]
+        hit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1)
+        nll = jnp.sum((log_z_BC - hit_BC) * weights_BC)
+        z = jnp.sum(z_loss * log_z_BC**2 * weights_BC)
+        correct = jnp.sum(jnp.where(hit_BC >= top_BC, weights_BC, 0.0))
+        new = Sums(nll + z, nll, z, correct, jnp.sum(weights_BC))
+        sums = jax.tree.map(jnp.add, sums, new)
+        if not grad:
+            return (sums, dkernel_VD), None
+        slope_BC = weights_BC * (1.0 + 2.0 * z_loss * log_z_BC) / total_BC
+        dlogits_BCV = exp_BCV * slope_BC[..., None] - jnp.where(
+            is_target_BCV, weights_BC[..., None], 0.0
+        )
+        dlogits_BCV = dlogits_BCV.astype(kernel_VD.dtype)
+        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, kernel_VD)
+        dkernel_VD += jnp.einsum(
+            "BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32
+        )
+        return (sums, dkernel_VD), dx_BCD
+
+    zero = jnp.zeros((), jnp.float32)
+    dkernel_VD = jnp.zeros((V, D), jnp.float32) if grad else zero
+    carry = (Sums(zero, zero, zero, zero, zero), dkernel_VD)
+    xs = (split(x_BTD), split(targets_BT), split(weights_BT))
+    (sums, dkernel_VD), dx = jax.lax.scan(body, carry, xs)
+    if not grad:
+        return sums, None, None
+    dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(B, chunks * chunk, D)[:, :T]
+    return sums, dx_BTD, dkernel_VD.astype(kernel_VD.dtype)

@@ -1,0 +1,242 @@
+"""Optimizers (optax), learning-rate schedules, and regex tables over parameters."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from t5x_lite import layers
+from t5x_lite.config import Config, OptimConfig
+
+
+def schedule(cfg: Config) -> optax.Schedule:
+    """Step -> learning rate.
+
+    rsqrt: lr / sqrt(max(step, warmup)), T5's (Raffel et al. 2020, section 3.1.2).
+    linear, cosine: warm-up, then down to `final_fraction` of the peak at `steps`.
+    wsd: warm-up, stable, then linear decay over the last `decay_steps`.
+    """
+    o, steps = cfg.optim, cfg.steps
+    peak, last, warmup = (
+        o.learning_rate,
+        o.learning_rate * o.final_fraction,
+        o.warmup_steps,
+    )
+    up = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    if o.schedule == "rsqrt":
+        return lambda step: (
+            peak
+            * jax.lax.rsqrt(jnp.maximum(jnp.asarray(step, jnp.float32), max(warmup, 1)))
+        )
+    if o.schedule == "constant":
+        parts = [up, optax.constant_schedule(peak)]
+        return optax.join_schedules(parts, [warmup])
+    if o.schedule == "wsd":
+        down = o.decay_steps or max(1, steps // 5)
+        parts = [
+            up,
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, last, down),
+        ]
+        return optax.join_schedules(parts, [warmup, max(warmup, steps - down)])
+    if o.schedule == "linear":
+        decay = optax.linear_schedule(peak, last, steps - warmup)
+    else:
+        decay = optax.cosine_decay_schedule(peak, steps - warmup, o.final_fraction)
+    return optax.join_schedules([up, decay], [warmup])
+
+
+def table(key: str, rules, names) -> dict[str, float]:
+    """Parameter name -> value of the first (regex, value) that matches all of it.
+
+    Raises:
+      ValueError: for a bad row, a name no row matches, or a row that is of no use.
+    """
+    compiled = []
+    for rule in rules:
+        try:
+            pattern, value = rule
+            compiled.append((re.compile(pattern), float(value)))
+        except (TypeError, ValueError, re.error) as e:
+            raise ValueError(
+                f"{key}: {rule!r} is no (regex, number) row ({e}). "
+                "Write e.g. (('.*/scale', 0.0), ('.*', 1.0))."
+            ) from e
+    used, values = set(), {}
+    for name in names:
+        for i, (pattern, value) in enumerate(compiled):
+            if pattern.fullmatch(name):
+                used.add(i)
+                values[name] = value
+                break
+        else:
+            raise ValueError(
+                f"{key} has no row for parameter {name!r}. Add one that matches it, "
+                "or a last row ('.*', 1.0) for the rest."
+            )
+    for i, (pattern, _) in enumerate(compiled[:-1]):
+        if i not in used:
+            raise ValueError(
+                f"{key}: no parameter takes the row {pattern.pattern!r}. "
+                f"Parameters: {', '.join(names)}."
+            )
+    return values
+
+
+def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
+    """The gradient transformation of a config for a model's parameters.
+
+    Weight decay is decoupled and scaled by the learning rate (Loshchilov & Hutter
+    2019), for Adafactor too. A learning-rate multiplier of 0 freezes a parameter: no
+    update, no optimizer state, no share in the gradient norm.
+    """
+    o, params = cfg.optim, layers.declared(model)
+    rate = table("config.optim.lr_rules", o.lr_rules, params)
+    decay = table("config.optim.decay_rules", o.decay_rules, params)
+    frozen = {name for name in params if rate[name] == 0.0}
+
+    def leafwise(values: dict[str, float]):
+        """Multiplies updates by a static number per parameter."""
+
+        def update(updates, state, params=None):
+            del params
+            return jax.tree.map_with_path(
+                lambda path, u: u * values[name_of(path)], updates
+            ), state
+
+        return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+    parts = []
+    if o.clip_norm:
+        parts.append(optax.clip_by_global_norm(o.clip_norm))
+    if o.name == "adamw":
+        parts.append(optax.scale_by_adam(o.beta1, o.beta2, o.eps))
+    else:
+        parts.append(per_matrix(adafactor(o), model))
+    if o.weight_decay:
+        parts.append(decayed_weights(o.weight_decay, decay))
+    if set(rate.values()) - {0.0, 1.0}:
+        parts.append(leafwise(rate))
+    parts.append(optax.scale_by_learning_rate(schedule(cfg)))
+    chain = optax.chain(*parts)
+    if not frozen:
+        return chain
+
+    def labels(tree):
+        return jax.tree.map_with_path(
+            lambda path, _: "frozen" if name_of(path) in frozen else "trained", tree
+        )
+
+    return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)
+
+
+def decayed_weights(weight_decay: float, multiplier: dict[str, float]):
+    """Adds weight_decay * multiplier[name] * parameter to the updates."""
+
+    def update(updates, state, params):
+        def add(path, u, p):
+            return u + weight_decay * multiplier[name_of(path)] * p
+
+        return jax.tree.map_with_path(add, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def adafactor(o: OptimConfig) -> optax.GradientTransformation:
+    """Adafactor (Shazeer & Stern 2018) with T5's settings, without the learning rate.
+
+    Factored second moments from 128 up, no momentum, update clipping by RMS, updates
+    in proportion to the parameter's RMS (at least 1e-3).
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            decay_rate=o.decay_rate, min_dim_size_to_factor=128, epsilon=1e-30
+        ),
+        optax.clip_by_block_rms(o.update_clip),
+        optax.scale_by_param_block_rms(min_scale=1e-3),
+    )
+
+
+class View(NamedTuple):
+    """A parameter as the (stack of) matrices that T5's Adafactor sees."""
+
+    stacked: bool
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+def view(p: nnx.Param) -> View:
+    """Heads and head dim joined into one; a leading layers axis kept apart."""
+    shape, axes = list(p.get_value().shape), list(p.get_metadata()["axes"])
+    for i in reversed(range(len(axes) - 1)):
+        if (axes[i], axes[i + 1]) == ("heads", "kv"):
+            shape[i : i + 2], axes[i : i + 2] = [shape[i] * shape[i + 1]], ["heads"]
+    return View(axes[0] == "layers", tuple(shape), tuple(axes))
+
+
+def per_matrix(tx: optax.GradientTransformation, model: nnx.Module):
+    """Applies `tx` to every matrix of every layer by itself.
+
+    Optax's Adafactor would factor a stacked [L, D, N, H] array over its two largest
+    dimensions and take RMS norms over all layers at once; T5's works on the [D, N*H]
+    matrix of one layer. Scanned and unrolled layers so train alike.
+    """
+    views = {name: view(p) for name, p in layers.declared(model).items()}
+
+    def init(params):
+        def one(path, p):
+            v = views[name_of(path)]
+            p = p.reshape(v.shape)
+            return jax.vmap(tx.init)(p) if v.stacked else tx.init(p)
+
+        return jax.tree.map_with_path(one, params)
+
+    def update(updates, state, params):
+        flat, tree = jax.tree.flatten_with_path(updates)
+        states, params = tree.flatten_up_to(state), jax.tree.leaves(params)
+        outs, news = [], []
+        for (path, u), s, p in zip(flat, states, params, strict=True):
+            v = views[name_of(path)]
+            run = jax.vmap(tx.update) if v.stacked else tx.update
+            out, new = run(u.reshape(v.shape), s, p.reshape(v.shape))
+            outs.append(out.reshape(u.shape))
+            news.append(new)
+        return tree.unflatten(outs), tree.unflatten(news)
+
+    return optax.GradientTransformation(init, update)
+
+
+def name_of(path) -> str:
+    """'encoder/blocks/attention/query' from a tree path; tuple fields are skipped."""
+    return "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+
+
+def state_axes(path, leaf, params: dict[str, nnx.Param]) -> tuple:
+    """Logical axes of one leaf of the optimizer state, from its path and shape.
+
+    Args:
+      path: of the leaf in the state; its dict keys spell the parameter's name.
+      leaf: anything with a shape.
+      params: `layers.declared(model)`.
+    """
+    # optax.partition (frozen parameters) keeps the chain's state under 'trained'.
+    p = params.get(name_of(path).removeprefix("trained/"))
+    if p is None or leaf.ndim == 0:
+        return (None,) * leaf.ndim
+    if leaf.shape == p.get_value().shape:
+        return p.get_metadata()["axes"]
+    v = view(p)
+    if leaf.shape == v.shape:
+        return v.axes
+    lead = ("layers",) if v.stacked else ()
+    field = next(k.name for k in path[::-1] if isinstance(k, jax.tree_util.GetAttrKey))
+    if field in ("v_row", "v_col") and leaf.shape[-1] > 1:
+        # optax drops the larger dimension for v_row, the smaller one for v_col.
+        larger = int(np.argsort(v.shape[-2:])[-1])
+        dropped = larger if field == "v_row" else 1 - larger
+        return (*lead, v.axes[-2:][1 - dropped])
+    return (*lead, *(None,) * (leaf.ndim - len(lead)))

@@ -1,0 +1,167 @@
+"""Everything a config resolves to: vocabulary, data, mesh, model, optimizer, state."""
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from t5x_lite import config as config_lib
+from t5x_lite import metrics, optim, sharding, state, vocab
+from t5x_lite import model as model_lib
+from t5x_lite.data import pipeline, store
+from t5x_lite.vocab import Vocab
+
+MOST_PADDED_IDS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What `train` and `evaluate` need; building it allocates nothing on a device."""
+
+    cfg: config_lib.Config
+    vocab: Vocab
+    train_batches: pipeline.Batches
+    heldout_batches: pipeline.Batches
+    mesh: Mesh
+    model: nnx.Module
+    tx: object
+    abstract_state: dict
+    batch_sharding: NamedSharding
+
+    @classmethod
+    def of(cls, cfg: config_lib.Config) -> "Setup":
+        """Resolves a config; every error of user input comes before any compile."""
+        prepare_jax(cfg)
+        words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
+        cfg = resolve_vocab_size(cfg, words)
+        mesh = sharding.make_mesh(cfg.sharding)
+        size = cfg.data.batch_size // cfg.optim.microbatches
+        rows = sharding.batch_sharding(mesh, cfg.sharding.rules, size)
+        net = model_lib.build(cfg.model)
+        tx = optim.make(cfg, net)
+        abstract = state.abstract(net, tx, mesh, cfg.sharding.rules)
+
+        knobs = dict(cfg.objective)
+        shared = dict(
+            objective=knobs.pop("name"),
+            knobs=knobs,
+            structure=cfg.model.structure,
+            inputs_length=cfg.data.inputs_length,
+            batch_size=cfg.data.batch_size,
+            seed=cfg.seed,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+        train, heldout = (
+            pipeline.Batches(
+                store.open_store(source, words, cfg.data.cache_dir),
+                words,
+                evaluation=evaluation,
+                **shared,
+            )
+            for source, evaluation in ((cfg.data.train, False), (cfg.data.heldout, True))
+        )
+        return cls(cfg, words, train, heldout, mesh, net, tx, abstract, rows)
+
+    @property
+    def lead(self) -> bool:
+        """Is this the process that prints and writes?"""
+        return jax.process_index() == 0
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """(inputs, targets) tokens of one example."""
+        return self.train_batches.inputs_length, self.train_batches.targets_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.cfg.data.batch_size * sum(self.lengths)
+
+    def say(self, text: str):
+        if self.lead:
+            print(text, flush=True)
+
+    def headline(self) -> str:
+        counts = f"{model_lib.parameter_count(self.model):,} parameters"
+        s = self.train_batches.store
+        epochs = (
+            self.cfg.steps
+            * self.cfg.data.batch_size
+            / self.train_batches.examples_per_epoch
+        )
+        devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+        return (
+            f"{self.cfg.model.structure}, {counts}; {s.n_tokens:,} tokens in "
+            f"{s.n_documents:,} documents, {epochs:.2f} epochs; "
+            f"{jax.device_count()} x {devices}"
+        )
+
+    def epoch(self, step: int) -> int:
+        """Epoch of the first example of the step after `step` steps."""
+        return step * self.cfg.data.batch_size // self.train_batches.examples_per_epoch
+
+    def data_identity(self) -> dict:
+        """What the content of the batches depends on beside the config."""
+        return {
+            "vocab": self.vocab.fingerprint,
+            "train": self.train_batches.store.fingerprint,
+        }
+
+    def to_device(self, batch: dict) -> dict:
+        return sharding.to_device(batch, self.batch_sharding)
+
+    def create_state(self) -> dict:
+        return state.create(self.model, self.tx, self.abstract_state, self.cfg.seed)
+
+    def heldout_steps(self) -> range:
+        """Indices of the held-out batches to evaluate on."""
+        have = len(self.heldout_batches)
+        return range(min(have, self.cfg.eval_batches or have))
+
+    def unigram_loss(self, tokens: int = 1_000_000) -> float:
+        """Loss of the context-free guess on the held-out targets, in nats per token."""
+        stream = model_lib.TRAINED_STREAM[self.cfg.model.structure]
+        per_batch = self.cfg.data.batch_size * self.lengths[1]
+        enough = math.ceil(tokens / per_batch)
+        epoch = self.train_batches.examples_per_epoch // self.cfg.data.batch_size
+
+        def pairs(batches, steps):
+            for i in steps:
+                yield batches[i][stream]["targets"], batches[i][stream]["weights"]
+
+        return metrics.unigram_loss(
+            pairs(self.train_batches, range(max(1, min(enough, epoch)))),
+            pairs(self.heldout_batches, self.heldout_steps()),
+            self.vocab.size,
+        )
+
+
+def prepare_jax(cfg: config_lib.Config):
+    """Platform and compilation cache, before the first use of a device."""
+    if cfg.platform:
+        jax.config.update("jax_platforms", cfg.platform)
+    if cfg.compile_cache:
+        pathlib.Path(cfg.compile_cache).mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", cfg.compile_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def resolve_vocab_size(cfg: config_lib.Config, words: Vocab) -> config_lib.Config:
+    """Fills in config.model.vocab_size=0; refuses a size the vocabulary cannot have."""
+    size = cfg.model.vocab_size
+    if size == 0:
+        size = -(-words.size // 128) * 128
+    if not words.size <= size < words.size + MOST_PADDED_IDS:
+        raise ValueError(
+            f"config.model.vocab_size={size} does not match the vocabulary "
+            f"config.data.vocab={cfg.data.vocab!r} of {words.size} ids "
+            f"({cfg.data.sentinels} sentinels included): allowed are {words.size} to "
+            f"{words.size + MOST_PADDED_IDS - 1}. Set 0 to take the next multiple of "
+            "128, or give the vocabulary the model was made for."
+        )
+    return dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, vocab_size=size)
+    )

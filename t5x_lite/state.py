@@ -1,0 +1,51 @@
+"""The train state: a nested dict {"params", "opt", "step"} and its shardings."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from t5x_lite import layers, optim, sharding
+
+
+def init(model: nnx.Module, tx: optax.GradientTransformation, key) -> dict:
+    """A fresh state; jit it with `out_shardings` so no host ever holds all of it."""
+    params = layers.init_params(model, key)
+    return {"params": params, "opt": tx.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def abstract(model, tx, mesh: Mesh, rules: Mapping) -> dict:
+    """The state as ShapeDtypeStructs with shardings; needs no device memory."""
+    shapes = jax.eval_shape(lambda key: init(model, tx, key), jax.random.key(0))
+    params = layers.declared(model)
+
+    def place(path, leaf):
+        axes = optim.state_axes(path[1:], leaf, params)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = sharding.spec(name, axes, leaf.shape, rules, mesh)
+        where = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map_with_path(place, shapes)
+
+
+def shardings(abstract_state):
+    """The NamedSharding of every leaf."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+
+
+def create(model, tx, abstract_state, seed: int) -> dict:
+    """Draws the state straight into its shards."""
+    draw = jax.jit(
+        lambda key: init(model, tx, key), out_shardings=shardings(abstract_state)
+    )
+    return draw(jax.random.key(seed))
+
+
+def size_bytes(abstract_state) -> int:
+    """Bytes of the whole state, over all devices."""
+    leaves = jax.tree.leaves(abstract_state)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

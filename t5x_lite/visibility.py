@@ -1,0 +1,42 @@
+"""Who may see whom: the rank rule, and the only place a mask is made.
+
+Every token carries a segment (0 = padding), a rank and a position. A query sees a key
+iff they share a segment and `rank_k <= rank_q - gap`; a window also asks
+`position_q - position_k < window`. See the table in the README for the ranks of each
+structure.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Cells(NamedTuple):
+    """What visibility needs to know of a stream; each int32 [B, T]."""
+
+    segments_BT: jax.Array
+    ranks_BT: jax.Array
+    positions_BT: jax.Array
+
+    @classmethod
+    def of(cls, stream: dict) -> "Cells":
+        return cls(stream["segments"], stream["ranks"], stream["positions"])
+
+
+def visible(query: Cells, key: Cells, *, gap: int = 0, window: int = 0) -> jax.Array:
+    """bool [B, T, S]: may query t see key s?
+
+    Args:
+      query: cells of the T queries.
+      key: cells of the S keys; the same stream for self-attention.
+      gap: how much lower a key's rank must be (0 content, 1 query stream, k ...).
+      window: positions a query looks back, itself included; 0 = no limit.
+    """
+    segment_q, segment_k = query.segments_BT[:, :, None], key.segments_BT[:, None, :]
+    rank_q, rank_k = query.ranks_BT[:, :, None], key.ranks_BT[:, None, :]
+    seen = (segment_q == segment_k) & (segment_k > 0) & (rank_k <= rank_q - gap)
+    if window:
+        distance = query.positions_BT[:, :, None] - key.positions_BT[:, None, :]
+        seen &= distance < window
+    return jnp.asarray(seen)
