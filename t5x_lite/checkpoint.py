@@ -29,10 +29,13 @@ class Checkpoints:
     """Saves and restores the train state of one workdir.
 
     Keeps the newest `keep_last`, every `keep_every`-th step and the `keep_best` with
-    the lowest held-out loss.
+    the lowest held-out loss. A reader touches nothing: cleaning up would tear down what
+    a training run in the same workdir is just writing.
     """
 
-    def __init__(self, workdir, cfg: config_lib.CheckpointConfig):
+    def __init__(
+        self, workdir, cfg: config_lib.CheckpointConfig, *, read_only: bool = False
+    ):
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         keep: list[Any] = [policies.LatestN(cfg.keep_last)]
         if cfg.keep_every:
@@ -50,7 +53,8 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
         )
 
@@ -67,6 +71,9 @@ class Checkpoints:
         """
         metrics = None if heldout_loss is None else {METRIC: heldout_loss}
         with self._write_errors():
+            if step in self._manager.all_steps():
+                # Resumed from an older one: this step is being trained anew.
+                self._manager.delete(step)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -97,14 +104,16 @@ class Checkpoints:
                 "some space or fix the directory, then run the same command: it resumes."
             ) from e
 
-    def choose(self, asked: int) -> int | None:
+    def choose(
+        self, asked: int, flag: str = "config.checkpoint.restore_step"
+    ) -> int | None:
         """The step to restore: `asked`, the latest for -1, None if there is none."""
         have = self.steps()
         if asked == -1:
             return have[-1] if have else None
         if asked not in have:
             raise ValueError(
-                f"config.checkpoint.restore_step={asked} is not in {self.directory}: "
+                f"{flag}={asked} is not in {self.directory}: "
                 f"it has {have or 'no checkpoints'}. Use one of them, or -1."
             )
         return asked
@@ -219,14 +228,18 @@ def load_run(workdir, step: int = -1):
       FileNotFoundError: if `workdir` holds no checkpoint.
     """
     directory = pathlib.Path(workdir).absolute() / "checkpoints"
-    if not directory.is_dir() or not any(p.name.isdigit() for p in directory.iterdir()):
-        raise FileNotFoundError(
-            f"--workdir={os.fspath(workdir)} has no checkpoint (looked in "
-            f"{directory.name}/). Give the --workdir of a training run."
-        )
-    reader = Checkpoints(workdir, config_lib.CheckpointConfig())
+    nothing = FileNotFoundError(
+        f"--workdir={os.fspath(workdir)} has no checkpoint (looked in "
+        f"{directory.name}/). Give the --workdir of a training run."
+    )
+    # Orbax would create a directory that is missing.
+    if not directory.is_dir():
+        raise nothing
+    reader = Checkpoints(workdir, config_lib.CheckpointConfig(), read_only=True)
     try:
-        chosen = reader.choose(step)
+        chosen = reader.choose(step, "--step")
+        if chosen is None:
+            raise nothing
         meta = reader.meta(chosen)
         cfg = config_lib.freeze(meta["config"])
         net = model.build(cfg.model)

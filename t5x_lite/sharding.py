@@ -96,6 +96,16 @@ def use(mesh: Mesh, rules: Mapping):
         _ACTIVE.reset(token)
 
 
+@contextlib.contextmanager
+def unconstrained():
+    """Within: `constrain` is a no-op, for batches too small for the mesh."""
+    token = _ACTIVE.set(None)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
 def constrain(x: jax.Array, *axes) -> jax.Array:
     """Pins an activation to the rules of its logical axes; outside `use`: a no-op."""
     active = _ACTIVE.get()

@@ -8,6 +8,7 @@ says "<extra_id_0>" is not mistaken for one.
 
 import argparse
 import hashlib
+import io
 import itertools
 import re
 import sys
@@ -214,9 +215,7 @@ def train(source: str, size: int, output: str, threads: int = 2) -> None:
     Raises:
         ValueError: the size does not fit the text, or the output is not a .model.
     """
-    import io
-
-    from t5x_lite.data import sources
+    from t5x_lite.data import sources  # the only use; it stands above this module
 
     if not output.endswith(".model"):
         raise ValueError(f"--output={output!r}: the name must end in .model.")
@@ -275,20 +274,31 @@ def show(spec: str, text: str | None) -> str:
     return "\n".join(lines)
 
 
+_EXAMPLES = """examples:
+  python -m t5x_lite.vocab train --input='corpus/*.jsonl' --size=4000 --output=v.model
+  python -m t5x_lite.vocab show data/vocab_4k.model --text='Thank you'"""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m t5x_lite.vocab",
         description="Train or look at a vocabulary.",
-        epilog="example: python -m t5x_lite.vocab train --input='data/train.jsonl' "
-        "--size=4000 --output=data/vocab_4k.model",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    trains = commands.add_parser("train", help="train a SentencePiece unigram model")
+    look = {
+        "epilog": _EXAMPLES,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    trains = commands.add_parser(
+        "train", help="train a SentencePiece unigram model", **look
+    )
     trains.add_argument("--input", required=True, help="path or glob: .txt, .jsonl")
     trains.add_argument("--size", type=int, default=4000, help="number of pieces")
     trains.add_argument("--output", required=True, help="the .model file to write")
     trains.add_argument("--threads", type=int, default=2, help="pieces depend on it")
-    shows = commands.add_parser("show", help="print sizes, ids and some pieces")
+    shows = commands.add_parser("show", help="print sizes, ids and some pieces", **look)
     shows.add_argument("file", help="'bytes' or a .model file")
     shows.add_argument("--text", help="a text to encode and decode")
     args = parser.parse_args(argv)

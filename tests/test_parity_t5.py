@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -14,13 +13,13 @@ from t5x_lite.config import REMAT, ModelConfig
 from t5x_lite.interop import t5
 from tests import parity
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 NAMES = ["t5", "t5_1_1"]
 
 
 def golden(name: str):
     """-> config, their state dict, all arrays of the file."""
-    with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as file:
+    with np.load(parity.GOLDENS / f"{name}.npz", allow_pickle=False) as file:
         arrays = dict(file)
     cfg = ModelConfig(**json.loads(str(arrays["config"])))
     weights = {
@@ -135,7 +134,7 @@ def test_untied_weights_are_refused_by_a_tied_model():
         t5.from_hf(weights, tied)
 
 
-BUCKETS = dict(np.load(GOLDENS / "buckets.npz", allow_pickle=False))
+BUCKETS = dict(np.load(parity.GOLDENS / "buckets.npz", allow_pickle=False))
 
 
 @pytest.mark.parametrize("case", sorted(set(BUCKETS) - {"distances", "made_with"}))

@@ -6,6 +6,8 @@ Prints the median of alternating rounds on one core and the ratio to each peer:
 """
 
 import argparse
+import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -80,12 +82,10 @@ def seqio_batches(tokens: np.ndarray, vocab_path: str):
     """T5's TensorFlow preprocessors over the same tokens; None if not installed."""
     if not all(importlib.util.find_spec(name) for name in ("seqio", "t5")):
         return None
-    import functools
-
-    import seqio
-    import t5.data.preprocessors as t5_preprocessors
-    import tensorflow as tf
-
+    # By name, because they are not installed with this project.
+    seqio = importlib.import_module("seqio")
+    t5_preprocessors = importlib.import_module("t5.data.preprocessors")
+    tf = importlib.import_module("tensorflow")
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     vocabulary = seqio.SentencePieceVocabulary(vocab_path, extra_ids=100)
