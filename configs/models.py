@@ -1,4 +1,4 @@
-"""Published shapes. The parameter counts are asserted from shapes alone in the tests."""
+"""Published shapes; the tests assert their parameter counts from shapes alone."""
 
 _T5_1_0 = dict(
     structure="encoder_decoder",

@@ -1,8 +1,8 @@
-"""T5.1.1-small by span corruption, 512 inputs and 114 targets, Adafactor, 65,536 steps.
+"""T5.1.1-small by span corruption, 512 inputs, 114 targets, Adafactor, 65,536 steps.
 
-    python -m t5x_lite.train --config=configs/t5_1_1_small.py --workdir=runs/t5_1_1_small \\
-        --config.data.train='corpus/*.jsonl' --config.data.heldout=heldout.jsonl \\
-        --config.data.vocab=spiece.model
+    python -m t5x_lite.train --config=configs/t5_1_1_small.py \\
+        --workdir=runs/t5_1_1_small --config.data.train='corpus/*.jsonl' \\
+        --config.data.heldout=heldout.jsonl --config.data.vocab=spiece.model
 
 Hardware, wall time, held-out loss: not yet measured."""
 

@@ -1,4 +1,4 @@
-"""T5 v1.0-small by span corruption, 512 inputs and 114 targets, Adafactor, 65,536 steps.
+"""T5 v1.0-small by span corruption, 512 inputs, 114 targets, Adafactor, 65,536 steps.
 
     python -m t5x_lite.train --config=configs/t5_small.py --workdir=runs/t5_small \\
         --config.data.train='corpus/*.jsonl' --config.data.heldout=heldout.jsonl \\

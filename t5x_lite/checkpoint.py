@@ -29,12 +29,12 @@ class Checkpoints:
     """Saves and restores the train state of one workdir.
 
     Keeps the newest `keep_last`, every `keep_every`-th step and the `keep_best` with
-    the lowest held-out loss. A reader touches nothing: cleaning up would tear down what
-    a training run in the same workdir is just writing.
+    the lowest held-out loss. A reader must not `sweep` half-written checkpoints away: a
+    training run in the same workdir may just be writing one.
     """
 
     def __init__(
-        self, workdir, cfg: config_lib.CheckpointConfig, *, read_only: bool = False
+        self, workdir, cfg: config_lib.CheckpointConfig, *, sweep: bool = True
     ):
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         keep: list[Any] = [policies.LatestN(cfg.keep_last)]
@@ -53,8 +53,7 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
+                cleanup_tmp_directories=sweep,
             ),
         )
 
@@ -101,7 +100,8 @@ class Checkpoints:
             raise OSError(
                 f"writing a checkpoint below {self.directory} failed: "
                 f"{_first_line(e)}. Complete checkpoints there: {have or 'none'}. Free "
-                "some space or fix the directory, then run the same command: it resumes."
+                "some space or fix the directory, then run the same command: it "
+                "resumes."
             ) from e
 
     def choose(
@@ -235,7 +235,7 @@ def load_run(workdir, step: int = -1):
     # Orbax would create a directory that is missing.
     if not directory.is_dir():
         raise nothing
-    reader = Checkpoints(workdir, config_lib.CheckpointConfig(), read_only=True)
+    reader = Checkpoints(workdir, config_lib.CheckpointConfig(), sweep=False)
     try:
         chosen = reader.choose(step, "--step")
         if chosen is None:

@@ -30,12 +30,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n{self.prog} --help lists all flags.\n")
 
     def parse_args(self, args=None, namespace=None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            name = unknown[0].split("=", 1)[0]
-            hint = config_lib.nearest(name, self._option_string_actions)
-            self.error(f"there is no flag {name}{hint}")
-        return found
+        args = sys.argv[1:] if args is None else list(args)
+        for arg in args if self._subparsers is None else []:
+            name = arg.split("=", 1)[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                hint = config_lib.nearest(name, self._option_string_actions)
+                self.error(f"there is no flag {name}{hint}")
+        return super().parse_args(args, namespace)
 
 
 def parser(doc: str | None) -> Parser:

@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 
 
-def key(default, doc: str, *, low=None, high=None, among=None):
+def key(default: Any, doc: str, *, low=None, high=None, among=None) -> Any:
     """A config field: its default, meaning (with unit) and allowed values."""
     metadata = dict(doc=doc, low=low, high=high, among=among)
     if isinstance(default, dict):
@@ -166,10 +166,10 @@ def defaults() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_json(Config(), tuples=True))
 
 
-def to_json(config, tuples: bool = False) -> dict:
+def to_json(config, tuples: bool = False) -> dict[str, Any]:
     """A (frozen) config as plain dicts, numbers, strings and lists."""
 
-    def plain(x):
+    def plain(x) -> Any:
         if dataclasses.is_dataclass(x):
             return {f.name: plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
         if isinstance(x, collections.abc.Mapping):

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -67,8 +68,8 @@ def sample_sentences(source: str, count: int, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     found = []
     for document in sources.documents(source):
-        sentences = document.replace("\n", " ").replace("! ", "!\0").replace(". ", ".\0")
-        fitting = [s for s in sentences.split("\0") if 60 <= len(s) <= 140]
+        sentences = re.split(r"(?<=[.!?]) ", document.replace("\n", " "))
+        fitting = [s for s in sentences if 60 <= len(s) <= 140]
         found += fitting[:20]
         if len(found) > 50 * count:
             break

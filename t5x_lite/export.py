@@ -165,7 +165,8 @@ def read(output: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     """
     path = pathlib.Path(output) / "params.npz"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: numpy leaves a file open that it cannot read.
+        with path.open("rb") as f, np.load(f, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as e:
         raise ValueError(f"{path} is damaged: {e}. Export it again.") from e

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import tqdm
 
-from t5x_lite import checkpoint, cli, decoding, sharding, vocab
+from t5x_lite import checkpoint, cli, decoding, run, sharding, vocab
 from t5x_lite.vocab import Vocab
 
 GAP = re.compile(r"_{3,}|<extra_id_\d+>")
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None):
         texts = [flags.text]
 
     cfg, model, params, step, meta = checkpoint.load_run(flags.workdir, flags.step)
+    run.prepare_jax(cfg)
     words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
     trained_with = meta["data"].get("vocab")
     if trained_with != words.fingerprint:
@@ -95,7 +96,8 @@ def main(argv: list[str] | None = None):
         progress=flags.input is not None,
     )
     for one in found:
-        print(one.joined())
+        # An untrained model over bytes also writes control characters.
+        print("".join(c if c.isprintable() else "\ufffd" for c in one.joined()))
     if flags.output:
         write_jsonl(flags.output, texts, found)
 
@@ -162,7 +164,10 @@ def _encode_piece(piece: str, inside: bool, words: Vocab) -> np.ndarray:
 
 
 def parse_fills(ids: np.ndarray, gaps: int, words: Vocab) -> list[str]:
-    """Text of each gap in what the model wrote: '<0> a <1> b EOS'; '' if left out."""
+    """Text of each gap in what the model wrote: '<0> a <1> b EOS'; '' if left out.
+
+    Runs of white space become one space, as the output has a line a text.
+    """
     ids = np.asarray(ids)
     ids = ids[: np.argmax(ids == words.eos_id)] if (ids == words.eos_id).any() else ids
     first = words.size - words.sentinels
@@ -174,7 +179,8 @@ def parse_fills(ids: np.ndarray, gaps: int, words: Vocab) -> list[str]:
         gap = words.size - 1 - int(ids[begin])
         if gap < gaps:
             name = f"<extra_id_{gap}>"
-            fills[gap] = words.decode(ids[begin:end]).removeprefix(name).strip()
+            text = words.decode(ids[begin:end]).removeprefix(name)
+            fills[gap] = " ".join(text.split())
     return fills
 
 

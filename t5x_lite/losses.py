@@ -1,7 +1,7 @@
 """Token-weighted sums. A mean is taken once, at the end, from (sum, weight) pairs."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,9 @@ def chunk_length(asked: int, batch: int, length: int, vocab: int) -> int:
     return -(-length // chunks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def cross_entropy(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk):
+def cross_entropy(
+    x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk
+) -> Sums:
     """Softmax cross-entropy of x @ kernel.T without holding [B, T, V] logits.
 
     The gradient is made in the same pass over chunks of positions as the value, so no
@@ -50,6 +51,14 @@ def cross_entropy(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, ch
     Returns:
       Sums over all tokens; only `objective` has a gradient.
     """
+    sums: Any = _cross_entropy(
+        x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk
+    )
+    return sums
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _cross_entropy(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk):
     return _chunked(
         x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, grad=False
     )[0]
@@ -73,7 +82,7 @@ def _backward(z_loss, used_ids, chunk, kept, cotangent: Sums):
     )
 
 
-cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunked(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, grad):
@@ -126,7 +135,7 @@ def _chunked(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, 
     carry = (Sums(zero, zero, zero, zero, zero), dkernel_VD)
     xs = (split(x_BTD), split(targets_BT), split(weights_BT))
     (sums, dkernel_VD), dx = jax.lax.scan(body, carry, xs)
-    if not grad:
+    if dx is None:
         return sums, None, None
     dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(B, chunks * chunk, D)[:, :T]
     return sums, dx_BTD, dkernel_VD.astype(kernel_VD.dtype)

@@ -1,6 +1,6 @@
 """One block, one scanned stack, and the assemblies built of them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ class Block(nnx.Module):
         h_BTD = self.attention_norm(x_BTD)
         kv = self.attention.keys_values(h_BTD)
         if cache is not None:
+            assert ctx.index is not None
             at = (0, ctx.index, 0, 0)
             kv = tuple(
                 jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
@@ -201,7 +202,7 @@ def build(cfg: ModelConfig) -> EncoderDecoder:
     return ASSEMBLIES[cfg.structure](cfg)
 
 
-def bind(model: nnx.Module, params: dict):
+def bind(model: nnx.Module, params: dict) -> Any:
     """The model with `params` (nested dict of arrays, see `layers.declared`)."""
     graph, _ = nnx.split(model)
     return nnx.merge(graph, params)

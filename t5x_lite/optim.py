@@ -1,7 +1,7 @@
 """Optimizers (optax), learning-rate schedules, and regex tables over parameters."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,13 +102,13 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
     def leafwise(values: dict[str, float]):
         """Multiplies updates by a static number per parameter."""
 
-        def update(updates, state, params=None):
+        def update(updates, params):
             del params
             return jax.tree.map_with_path(
                 lambda path, u: u * values[name_of(path)], updates
-            ), state
+            )
 
-        return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+        return optax.stateless(update)
 
     parts = []
     if o.clip_norm:
@@ -137,13 +137,13 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
 def decayed_weights(weight_decay: float, multiplier: dict[str, float]):
     """Adds weight_decay * multiplier[name] * parameter to the updates."""
 
-    def update(updates, state, params):
+    def update(updates, params):
         def add(path, u, p):
             return u + weight_decay * multiplier[name_of(path)] * p
 
-        return jax.tree.map_with_path(add, updates, params), state
+        return jax.tree.map_with_path(add, updates, params)
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.stateless(update)
 
 
 def adafactor(o: OptimConfig) -> optax.GradientTransformation:
@@ -188,18 +188,20 @@ def per_matrix(tx: optax.GradientTransformation, model: nnx.Module):
     views = {name: view(p) for name, p in layers.declared(model).items()}
 
     def init(params):
-        def one(path, p):
+        def one(path, p: Any):
             v = views[name_of(path)]
             p = p.reshape(v.shape)
             return jax.vmap(tx.init)(p) if v.stacked else tx.init(p)
 
         return jax.tree.map_with_path(one, params)
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
+        flat: list[Any]
         flat, tree = jax.tree.flatten_with_path(updates)
-        states, params = tree.flatten_up_to(state), jax.tree.leaves(params)
+        states: list[Any] = tree.flatten_up_to(state)
+        leaves: list[jax.Array] = tree.flatten_up_to(params)
         outs, news = [], []
-        for (path, u), s, p in zip(flat, states, params, strict=True):
+        for (path, u), s, p in zip(flat, states, leaves, strict=True):
             v = views[name_of(path)]
             run = jax.vmap(tx.update) if v.stacked else tx.update
             out, new = run(u.reshape(v.shape), s, p.reshape(v.shape))

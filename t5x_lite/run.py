@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
 import jax
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -27,7 +29,7 @@ class Setup:
     heldout_batches: pipeline.Batches
     mesh: Mesh
     model: nnx.Module
-    tx: object
+    tx: optax.GradientTransformation
     abstract_state: dict
     batch_sharding: NamedSharding
 
@@ -45,7 +47,7 @@ class Setup:
         abstract = state.abstract(net, tx, mesh, cfg.sharding.rules)
 
         knobs = dict(cfg.objective)
-        shared = dict(
+        shared: dict[str, Any] = dict(
             objective=knobs.pop("name"),
             knobs=knobs,
             structure=cfg.model.structure,
@@ -55,6 +57,7 @@ class Setup:
             host_index=jax.process_index(),
             host_count=jax.process_count(),
         )
+        sources = ((cfg.data.train, False), (cfg.data.heldout, True))
         train, heldout = (
             pipeline.Batches(
                 store.open_store(source, words, cfg.data.cache_dir),
@@ -62,7 +65,7 @@ class Setup:
                 evaluation=evaluation,
                 **shared,
             )
-            for source, evaluation in ((cfg.data.train, False), (cfg.data.heldout, True))
+            for source, evaluation in sources
         )
         return cls(cfg, words, train, heldout, mesh, net, tx, abstract, rows)
 

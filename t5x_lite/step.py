@@ -11,7 +11,9 @@ from t5x_lite.model import TRAINED_STREAM, bind
 from t5x_lite.sharding import constrain
 
 
-def batch_sums(model: nnx.Module, params, batch, cfg: Config, used_ids: int, key=None):
+def batch_sums(
+    model: nnx.Module, params, batch, cfg: Config, used_ids: int, key=None
+) -> losses.Sums:
     """Loss sums of one batch; parameters are cast once to the compute dtype.
 
     Args:

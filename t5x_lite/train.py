@@ -24,6 +24,7 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import tqdm  # noqa: E402
 
 from t5x_lite import (  # noqa: E402
@@ -116,7 +117,8 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             if now == first + 1:
                 log.drain()
                 timings["first step"] = time.perf_counter() - began
-                log.say("start-up: " + ", ".join(f"{k} {v:.2f} s" for k, v in timings.items()))
+                took = ", ".join(f"{k} {v:.2f} s" for k, v in timings.items())
+                log.say(f"start-up: {took}")
             ends = now == cfg.steps or stop.signal is not None
             evaluates = now % cfg.eval_every == 0 or now == cfg.steps
             saves = now % cfg.checkpoint.every == 0 or ends
@@ -195,7 +197,7 @@ class StepLog:
                 z_loss=float(sums.z) / weight,
                 accuracy=float(sums.correct) / weight,
                 grad_norm=float(host["grad_norm"]),
-                learning_rate=float(self.rate(now - 1)),
+                learning_rate=float(np.asarray(self.rate(now - 1))),
                 tokens_per_second=speed,
                 step_seconds=seconds,
                 epoch=self.setup.epoch(now - 1),
@@ -239,7 +241,8 @@ def finish(setup: run.Setup, train_state, workdir: pathlib.Path, last: dict, uni
         return
     rows = metrics.read(workdir / "metrics.jsonl")
     report.plot_loss(rows, workdir / "loss.png", unigram)
-    evaluate.print_samples(setup, train_state["params"])
+    if jax.process_count() == 1:  # other processes' shards are not at hand here
+        evaluate.print_samples(setup, train_state["params"])
     loss = last.get(checkpoint.METRIC)
     print(f"checkpoint     {workdir / 'checkpoints'}")
     print(f"loss curve     {workdir / 'loss.png'}")

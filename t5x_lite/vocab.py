@@ -279,16 +279,13 @@ _EXAMPLES = """examples:
   python -m t5x_lite.vocab show data/vocab_4k.model --text='Thank you'"""
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m t5x_lite.vocab",
-        description="Train or look at a vocabulary.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: list[str] | None = None):
+    from t5x_lite import cli  # not at the top: the data path needs no command line
+
+    parser = cli.parser(_EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True)
     look = {
-        "epilog": _EXAMPLES,
+        "description": _EXAMPLES,
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
     trains = commands.add_parser(
@@ -302,18 +299,15 @@ def main(argv: list[str] | None = None) -> int:
     shows.add_argument("file", help="'bytes' or a .model file")
     shows.add_argument("--text", help="a text to encode and decode")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "train":
-            start = time.perf_counter()
-            train(args.input, args.size, args.output, args.threads)
-            print(f"wrote {args.output} in {time.perf_counter() - start:.1f} s")
-            args.file, args.text = args.output, None
-        print(show(args.file, args.text))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if args.command == "train":
+        start = time.perf_counter()
+        train(args.input, args.size, args.output, args.threads)
+        print(f"wrote {args.output} in {time.perf_counter() - start:.1f} s")
+        args.file, args.text = args.output, None
+    print(show(args.file, args.text))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from t5x_lite import cli
+
+    cli.run(main)

@@ -16,6 +16,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session")
+def tiny_workdir(tmp_path_factory):
+    """A workdir with checkpoints of an untrained model at steps 3 and 5; read only."""
+    from tests import tiny_run
+
+    path = tmp_path_factory.mktemp("run")
+    tiny_run.save(path, steps=(3, 5))
+    return path
+
+
 @pytest.fixture
 def strict_dtypes():
     """Our own arithmetic promotes no dtype silently (optax's does)."""

@@ -1,5 +1,6 @@
 """Commands: --help, and errors of the user as one clear line with exit code 2."""
 
+import importlib
 import json
 import pathlib
 import subprocess
@@ -14,24 +15,21 @@ from tests import tiny_run
 DEMO = "--config=configs/demo.py"
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    tiny_run.save(path)
-    return path
-
-
 def python(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("command", sorted(console.COMMANDS))
-def test_help_shows_an_example_and_the_flags(command):
-    done = python("-m", f"t5x_lite.{command}", "--help")
-    assert done.returncode == 0 and not done.stderr
-    assert f"python -m t5x_lite.{command}" in done.stdout
+def test_help_shows_an_example_and_the_flags(command, capsys, monkeypatch):
+    module = importlib.import_module(f"t5x_lite.{command}")
+    monkeypatch.setattr(sys, "argv", [f"{command}.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(module.main)
+    shown, wrong = capsys.readouterr()
+    assert stopped.value.code == 0 and not wrong
+    assert f"python -m t5x_lite.{command} " in shown
     if command == "train":
-        assert "--config.optim.learning_rate=" in done.stdout
+        assert "--config.optim.learning_rate=" in shown
 
 
 def test_the_console_script_lists_its_commands():
@@ -62,7 +60,7 @@ def test_overrides_get_the_type_of_their_field():
     raw, found = parse(
         DEMO,
         "--workdir=w",
-        "--config.steps=7",
+        "--config.steps=70",
         "--config.optim.learning_rate",
         "2",
         "--config.model.gated=False",
@@ -72,7 +70,7 @@ def test_overrides_get_the_type_of_their_field():
         "--config.data.vocab=bytes",
     )
     cfg = config.freeze(raw)
-    assert found.workdir == "w" and cfg.steps == 7
+    assert found.workdir == "w" and cfg.steps == 70
     assert cfg.optim.learning_rate == 2.0 and isinstance(cfg.optim.learning_rate, float)
     assert not cfg.model.gated and not cfg.model.scan
     assert cfg.objective["density"] == 0.3
@@ -152,13 +150,13 @@ def test_run_keeps_the_traceback_of_a_defect():
             cli.run(main)
 
 
-# ---- generate and export on a real checkpoint ------------------------------------------
+# ---- generate and export on a real checkpoint
 
 
-def test_generate_fills_a_text_and_a_file(workdir, tmp_path, capsys):
+def test_generate_fills_a_text_and_a_file(tiny_workdir, tmp_path, capsys):
     lines = ["It is a truth ___ acknowledged", "", "___ and <extra_id_3>"]
     (tmp_path / "in.txt").write_text("\n".join(lines))
-    flags = [f"--workdir={workdir}", "--max_length=8"]
+    flags = [f"--workdir={tiny_workdir}", "--max_length=8"]
     generate.main([*flags, f"--text={lines[0]}"])
     one = capsys.readouterr().out
     assert one.startswith("It is a truth [") and one.endswith("] acknowledged\n")
@@ -190,14 +188,14 @@ def test_generate_fills_a_text_and_a_file(workdir, tmp_path, capsys):
         (["--text=___", "--output=MISSING/x.jsonl"], "directory is missing"),
     ],
 )
-def test_generate_refuses(flags, message, workdir, tmp_path):
+def test_generate_refuses(flags, message, tiny_workdir, tmp_path):
     (tmp_path / "EMPTY").write_text("\n \n")
     (tmp_path / "BINARY").write_bytes(b"\xff\xfe\x00___")
     (tmp_path / "NOGAP").write_text("a ___\nb\n")
     for name in ("EMPTY", "BINARY", "NOGAP", "MISSING"):
         flags = [f.replace(name, str(tmp_path / name)) for f in flags]
     with pytest.raises((ValueError, OSError), match=message):
-        generate.main([f"--workdir={workdir}", *flags])
+        generate.main([f"--workdir={tiny_workdir}", *flags])
     assert not (tmp_path / "MISSING").exists()
 
 
@@ -218,10 +216,10 @@ def test_export_refuses_a_missing_workdir(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_reading_a_run_leaves_a_half_written_checkpoint_alone(workdir, capsys):
+def test_reading_a_run_leaves_a_half_written_checkpoint_alone(tiny_workdir):
     """Another process may just be writing it."""
-    half = workdir / "checkpoints" / "9.orbax-checkpoint-tmp"
+    half = tiny_workdir / "checkpoints" / "9.orbax-checkpoint-tmp"
     half.mkdir()
-    generate.main([f"--workdir={workdir}", "--text=a ___", "--max_length=8"])
+    generate.main([f"--workdir={tiny_workdir}", "--text=a ___", "--max_length=8"])
     assert half.is_dir()
     half.rmdir()

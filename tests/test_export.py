@@ -1,20 +1,26 @@
 """An export is the checkpoint, readable with NumPy alone, or it is refused."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from t5x_lite import checkpoint, export, layers, model
-from tests import tiny_run
+
+
+@pytest.fixture
+def workdir(tiny_workdir):
+    return tiny_workdir
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    tiny_run.save(path, steps=(3, 5))
-    return path
+def exported(tiny_workdir, tmp_path_factory):
+    """(an export, the model and parameters it was made from)"""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    run(tiny_workdir, out)
+    return out, *checkpoint.load_run(tiny_workdir)[1:3]
 
 
 def run(workdir, output, *more: str):
@@ -105,13 +111,12 @@ def lose_an_array(path):
         (lose_an_array, "head: None in the file"),
     ],
 )
-def test_verify_catches(harm, message, workdir, tmp_path):
-    run(workdir, tmp_path / "out")
-    _, net, params, _, _ = checkpoint.load_run(workdir)
-    export.verify(tmp_path / "out", net, params)
-    harm(tmp_path / "out" / "params.npz")
+def test_verify_catches(harm, message, exported, tmp_path):
+    out, net, params = exported
+    copy = shutil.copytree(out, tmp_path / "out")
+    harm(copy / "params.npz")
     with pytest.raises(ValueError, match=message):
-        export.verify(tmp_path / "out", net, params)
+        export.verify(copy, net, params)
 
 
 def test_an_output_that_exists_is_only_replaced_when_asked(workdir, tmp_path):

@@ -1,6 +1,7 @@
 """Properties of the model: visibility, scan, remat, dropout, init."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ CFG = tiny_config().model
 KEY = jax.random.key(0)
 
 
-def build(**changes):
+def build(**changes) -> Any:
     cfg = dataclasses.replace(CFG, **changes)
     net = model.build(cfg)
     return net, layers.init_params(net, KEY)
@@ -31,8 +32,8 @@ def objective(net, params, batch, key=None):
 @pytest.mark.parametrize("window", [0, 3])
 def test_visible_is_the_rank_rule(gap, window):
     rng = np.random.default_rng(1)
-    q = Cells(*(rng.integers(0, n, (3, 6)) for n in (3, 5, 9)))
-    k = Cells(*(rng.integers(0, n, (3, 8)) for n in (3, 5, 9)))
+    q = Cells(*(jnp.asarray(rng.integers(0, n, (3, 6))) for n in (3, 5, 9)))
+    k = Cells(*(jnp.asarray(rng.integers(0, n, (3, 8))) for n in (3, 5, 9)))
     got = np.asarray(visible(q, k, gap=gap, window=window))
     for b in range(3):
         for t in range(6):
@@ -45,7 +46,7 @@ def test_visible_is_the_rank_rule(gap, window):
                 assert got[b, t, s] == sees
 
 
-def value_and_grads(batch, **changes):
+def value_and_grads(batch, **changes) -> Any:
     net, params = build(**changes)
     return jax.jit(jax.value_and_grad(lambda p: objective(net, p, batch, KEY)))(params)
 
@@ -71,7 +72,7 @@ def test_scan_equals_unrolled_and_remat_changes_nothing(changes, strict_dtypes):
 
 
 def test_the_decoder_is_causal_and_sees_the_whole_encoder():
-    """By gradient: logits at t depend on decoder inputs <= t, on every encoder input."""
+    """By gradient: logits at t depend on decoder inputs <= t and the whole encoder."""
     net, params = build()
     batch = random_batch(batch=1, S=6, T=5)
     bound = model.bind(net, params)

@@ -65,6 +65,7 @@ def test_all_segmentations_are_equally_likely(items, segments):
     assert stats.chisquare(list(compositions.values())).pvalue > 1e-3
 
 
+# Counted in the masks that t5 0.9.4 made with tensorflow 2.21.
 @pytest.mark.parametrize(
     ("arguments", "counts"),
     [

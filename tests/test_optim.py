@@ -1,5 +1,7 @@
 """Schedules, regex tables, freezing, and Adafactor per matrix."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from tests.tiny import tiny_config
 
 def rates(steps=100, **values):
     schedule = optim.schedule(tiny_config(steps=steps, optim=values))
-    return np.array([float(schedule(i)) for i in range(steps + 1)])
+    return np.array([np.asarray(schedule(i)) for i in range(steps + 1)])
 
 
 def test_rsqrt_is_flat_then_falls_with_the_root():
@@ -57,7 +59,7 @@ def test_table_errors(rules, words):
         optim.table("config.optim.lr_rules", rules, NAMES)
 
 
-def setup(**values):
+def setup(**values) -> Any:
     cfg = tiny_config(
         model=dict(d_model=128, heads=8),
         optim=dict(learning_rate=0.1, schedule="constant", warmup_steps=0) | values,
@@ -74,7 +76,7 @@ def test_adafactor_of_stacked_layers_is_optax_on_each_matrix():
     state = tx.init(params)
     at = ("encoder", "blocks", "attention", "query")
 
-    def leaf(tree, layer):
+    def leaf(tree: Any, layer: int) -> Any:
         for part in at:
             tree = tree[part]
         return tree[layer].reshape(128, 128)
@@ -83,6 +85,7 @@ def test_adafactor_of_stacked_layers_is_optax_on_each_matrix():
     for _ in range(3):
         updates, state = tx.update(grads, state, params)
         for i in range(2):
+            want: Any
             want, own[i] = reference.update(leaf(grads, i), own[i], leaf(params, i))
             np.testing.assert_allclose(leaf(updates, i), want, rtol=1e-5)
 

@@ -1,5 +1,7 @@
 """AdamW and Adafactor against PyTorch's and transformers', from a committed golden."""
 
+from typing import Any
+
 import numpy as np
 import optax
 import pytest
@@ -88,7 +90,7 @@ def test_updates_are_the_reference(name):
             for k, v in golden["gradient"].items()
         }
         updates, state = tx.update(nested(grads), state, params)
-        params = optax.apply_updates(params, updates)
+        params: Any = optax.apply_updates(params, updates)
 
     flat = nnx.traversals.flatten_mapping(params)
     for path, p in flat.items():

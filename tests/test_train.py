@@ -230,9 +230,7 @@ def test_a_truncated_checkpoint_is_named_and_an_older_one_offered(
         os.truncate(path, path.stat().st_size // 2)
     out = run(workdir, shared, "--config.steps=4", code=2)
     assert "checkpoints/2 cannot be read" in out and "restore_step=1" in out
-    out = run(
-        workdir, shared, "--config.steps=4", "--config.checkpoint.restore_step=1"
-    )
+    out = run(workdir, shared, "--config.steps=4", "--config.checkpoint.restore_step=1")
     assert "resuming after step 1 of 4" in out
 
 

@@ -1,13 +1,15 @@
 """Tiny configs and batches that the tests share."""
 
+from typing import Any
+
 import numpy as np
 
 from t5x_lite import config
 
 
 def tiny_config(**sections) -> config.Config:
-    """A depth-2, width-32 config; `tiny_config(optim=dict(name="adamw"))` changes it."""
-    raw = config.defaults()
+    """A config of depth 2, width 32; `optim=dict(name="adamw")`, say, changes it."""
+    raw: Any = config.defaults()
     raw.model.update(
         dict(
             vocab_size=128,

@@ -7,7 +7,7 @@ state is kept, so seeking costs nothing and any number of hosts makes the same b
 
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -205,7 +205,7 @@ class _Steps:
 
 def iterate(
     batches: Batches, first_step: int, last_step: int, *, prefetch: int = 2
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Generator[tuple[int, dict[str, Any]]]:
     """Yields (step, batch) for the steps in [first_step, last_step).
 
     Args:

@@ -86,6 +86,7 @@ def span_corruption_lengths(
     The counts are those of the mask (float32). T5's helper counts in float64, which
     differs by one where raw * density falls on a half: at 191 inputs and mean_span 1
     it says 57 targets, but T5's mask of those 190 tokens makes 59, and 2 are trimmed.
+    It also allows 0 spans, which T5's mask does not.
     """
 
     def lengths(raw):
@@ -96,7 +97,8 @@ def span_corruption_lengths(
     while lengths(raw + 1)[0] <= inputs_length:
         raw += 1
     inputs, targets = lengths(raw)
-    # At density 0.5 T5 takes one token less: targets not longer than the inputs.
+    # At density 0.5 T5 takes one token less, so that targets are not longer than the
+    # inputs; here only where the inputs stay as long as asked for.
     if density == 0.5 and targets > inputs and lengths(raw - 1)[0] == inputs_length:
         raw -= 1
         inputs, targets = lengths(raw)

@@ -194,8 +194,8 @@ def main() -> None:
     flops = 3 * BATCH * metrics.forward_flops(MODEL, INPUTS, TARGETS)
     top = 2 * CEILING**3 / statistics.median(seconds.pop("ceiling"))
     print(
-        f"\n{tokens} tokens and {flops:.3e} FLOPs a step (2mnk of every matrix product, "
-        f"forward x 3; metrics.forward_flops)\nceiling: {top / 1e9:.0f} GFLOP/s, a "
+        f"\n{tokens} tokens and {flops:.3e} FLOPs a step (2mnk of every matrix "
+        f"product, forward x 3; metrics.forward_flops)\nceiling: {top / 1e9:.0f} GFLOP/s, a "
         f"{CEILING}^3 float32 product in XLA"
     )
     own = statistics.median(seconds[sides[0]])
