@@ -27,6 +27,7 @@ def key(default: Any, doc: str, *, low=None, high=None, among=None) -> Any:
 
 ACTIVATIONS = ("relu", "gelu")
 DTYPES = ("float32", "bfloat16")
+ATTENTION = ("einsum", "rows")
 REMAT = ("none", "full", "dots", "dots_no_batch")
 SCHEDULES = ("constant", "rsqrt", "linear", "cosine", "wsd")
 
@@ -50,6 +51,7 @@ class ModelConfig:
     relative_max_distance: int = key(128, "tokens; farther shares a bucket", low=2)
     norm_eps: float = key(1e-6, "epsilon of RMSNorm", low=0.0)
     dropout: float = key(0.0, "rate, broadcast over length as in T5", low=0.0, high=0.9)
+    attention: str = key("einsum", "kernel; rows: one CPU device", among=ATTENTION)
     dtype: str = key("float32", "compute dtype; state is float32", among=DTYPES)
     remat: str = key("dots", "what the backward pass recomputes", among=REMAT)
     scan: bool = key(True, "loop over layers with lax.scan (False: unrolled)")

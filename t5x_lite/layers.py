@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.config import ModelConfig
+from t5x_lite.kernels.attention import KERNELS
 
 ones = nnx.initializers.ones
 normal = nnx.initializers.normal
@@ -140,13 +142,14 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, keys_values, visible_BTS, bias_1NTS=None, key=None):
         k_BSNH, v_BSNH = keys_values
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query[...])
-        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH).astype(jnp.float32)
-        if bias_1NTS is not None:
-            scores_BNTS += bias_1NTS
-        scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, -1e10)
-        weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(x_BTD.dtype)
-        weights_BNTS = dropout(weights_BNTS, self.cfg.dropout, key, along=2)
-        o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+        keep_BN1S = None
+        if key is not None and self.cfg.dropout:
+            B, S, N, _ = k_BSNH.shape
+            ones_BN1S = jnp.ones((B, N, 1, S), x_BTD.dtype)
+            keep_BN1S = dropout(ones_BN1S, self.cfg.dropout, key, along=2)
+        attend = KERNELS[self.cfg.attention]
+        o_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias_1NTS, keep_BN1S)
+        o_BTNH = checkpoint_name(o_BTNH, "attention")
         return jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.out[...])
 
 

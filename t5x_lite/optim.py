@@ -196,7 +196,6 @@ def per_matrix(tx: optax.GradientTransformation, model: nnx.Module):
         return jax.tree.map_with_path(one, params)
 
     def update(updates, state, params=None):
-        flat: list[Any]
         flat, tree = jax.tree.flatten_with_path(updates)
         states: list[Any] = tree.flatten_up_to(state)
         leaves: list[jax.Array] = tree.flatten_up_to(params)
@@ -204,6 +203,7 @@ def per_matrix(tx: optax.GradientTransformation, model: nnx.Module):
         for (path, u), s, p in zip(flat, states, leaves, strict=True):
             v = views[name_of(path)]
             run = jax.vmap(tx.update) if v.stacked else tx.update
+            out: Any
             out, new = run(u.reshape(v.shape), s, p.reshape(v.shape))
             outs.append(out.reshape(u.shape))
             news.append(new)

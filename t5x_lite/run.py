@@ -40,6 +40,11 @@ class Setup:
         words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
         cfg = resolve_vocab_size(cfg, words)
         mesh = sharding.make_mesh(cfg.sharding)
+        if cfg.model.attention == "rows" and mesh.size > 1:
+            raise ValueError(
+                "config.model.attention='rows' runs on one device, here are "
+                f"{mesh.size}. Use 'einsum'."
+            )
         size = cfg.data.batch_size // cfg.optim.microbatches
         rows = sharding.batch_sharding(mesh, cfg.sharding.rules, size)
         net = model_lib.build(cfg.model)

@@ -1,0 +1,1 @@
+"""Ways to compute the same attention; each is tested against the reference."""
