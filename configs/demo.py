@@ -9,8 +9,8 @@ from configs import base
 
 def get_config(arg=""):
     c = base.get_config()
-    c.steps = 600
-    c.eval_every = 200
+    c.steps = 400
+    c.eval_every = 100
     c.checkpoint.every = 100
     c.data.vocab = "data/vocab_4k.model"
     c.data.inputs_length = 128

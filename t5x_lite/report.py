@@ -8,6 +8,7 @@ import sys
 
 import jax
 import matplotlib
+import numpy as np
 from flax import nnx
 
 from t5x_lite import __version__, layers, metrics, state
@@ -111,11 +112,10 @@ def plot_loss(rows: list[dict], path, unigram: float | None):
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
-        smooth, average = [], losses[0]
-        for loss in losses:
-            average += 0.05 * (loss - average)
-            smooth.append(average)
-        axes.plot(steps, smooth, color="C0", label="training (smoothed)")
+        window = max(1, len(losses) // 40)
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        middle = steps[(window - 1) // 2 :][: len(smooth)]
+        axes.plot(middle, smooth, color="C0", label=f"training, mean of {window} steps")
     if heldout:
         axes.plot(*zip(*heldout, strict=True), "o-", color="C1", label="held-out")
     if unigram is not None:
