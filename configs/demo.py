@@ -9,12 +9,12 @@ from configs import base
 
 def get_config(arg=""):
     c = base.get_config()
-    c.steps = 400
+    c.steps = 500
     c.eval_every = 100
     c.checkpoint.every = 100
     c.data.vocab = "data/vocab_4k.model"
     c.data.inputs_length = 128
-    c.data.batch_size = 32
+    c.data.batch_size = 16
     c.model.update(
         dict(
             d_model=192,
