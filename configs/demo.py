@@ -25,9 +25,9 @@ def get_config(arg=""):
             decoder_layers=3,
         )
     )
-    c.optim.name = "adamw"
+    c.optim.name = "adafactor"  # rates are relative to a parameter's size
     c.optim.schedule = "cosine"
-    c.optim.learning_rate = 3e-3
+    c.optim.learning_rate = 0.03
     c.optim.warmup_steps = 50
     c.optim.final_fraction = 0.05
     c.optim.clip_norm = 1.0

@@ -4,6 +4,7 @@ The seed differs in each run and is printed with a failure; PARITY_SEED=n repeat
 """
 
 import dataclasses
+import importlib
 import os
 import secrets
 
@@ -71,12 +72,15 @@ def test_our_weights_in_their_model(reference, name):
     parity.compare_grads(cfg, params, batch, expected, z_loss=0.0)
 
 
-def test_the_committed_goldens_are_the_scripts(reference, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["make_t5", "make_optim"])
+def test_the_committed_goldens_are_the_scripts(
+    script, reference, tmp_path, monkeypatch
+):
     monkeypatch.setattr(reference, "HERE", tmp_path)
-    committed = parity.GOLDENS
-    reference.main()
+    importlib.import_module(f"tests.goldens.{script}").main()
+    assert list(tmp_path.iterdir())
     for path in tmp_path.iterdir():
-        new, old = np.load(path), np.load(committed / path.name)
+        new, old = np.load(path), np.load(parity.GOLDENS / path.name)
         assert set(new) == set(old)
         for key in set(new) - {"made_with"}:
             if new[key].dtype.kind == "f":
