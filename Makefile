@@ -6,12 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 WORKDIR ?= runs/demo
 
-.PHONY: help demo test test-slow check parity bench clean
+.PHONY: help demo test check parity bench clean
 
 help:
 	@echo "make demo       pretrain a small T5 on real text (about 5 minutes), or resume"
-	@echo "make test       all tests but the slow ones"
-	@echo "make test-slow  the slow ones"
+	@echo "make test       all tests"
 	@echo "make check      ruff and pyright"
 	@echo "make parity     live comparison with PyTorch/transformers (installs them)"
 	@echo "make bench      ratios against PyTorch and plain NumPy, measured side by side"
@@ -31,10 +30,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m t5x_lite.train --config=configs/demo.py --workdir=$(WORKDIR)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not parity"
-
-test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "not parity"
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

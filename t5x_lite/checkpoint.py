@@ -7,6 +7,7 @@ checkpoints before it whole.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from t5x_lite import config as config_lib
 from t5x_lite import layers, model
+from t5x_lite.vocab import Vocab
 
 METRIC = "heldout_loss"
 # What Orbax and TensorStore raise for files they cannot write or read.
@@ -29,13 +31,15 @@ class Checkpoints:
     """Saves and restores the train state of one workdir.
 
     Keeps the newest `keep_last`, every `keep_every`-th step and the `keep_best` with
-    the lowest held-out loss. A reader must not `sweep` half-written checkpoints away: a
+    the lowest held-out loss. A `reader` leaves half-written checkpoints alone: a
     training run in the same workdir may just be writing one.
     """
 
     def __init__(
-        self, workdir, cfg: config_lib.CheckpointConfig, *, sweep: bool = True
+        self, workdir, cfg: config_lib.CheckpointConfig, *, reader: bool = False
     ):
+        # What the user of this process chooses a step with.
+        self.flag = "step" if reader else "config.checkpoint.restore_step"
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         keep: list[Any] = [policies.LatestN(cfg.keep_last)]
         if cfg.keep_every:
@@ -53,7 +57,11 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=sweep,
+                # Only with these does Orbax write metrics, which BestN needs after a
+                # restart.
+                best_fn=lambda metrics: metrics[METRIC],
+                best_mode="min",
+                cleanup_tmp_directories=not reader,
             ),
         )
 
@@ -70,16 +78,36 @@ class Checkpoints:
         """
         metrics = None if heldout_loss is None else {METRIC: heldout_loss}
         with self._write_errors():
-            if step in self._manager.all_steps():
-                # Resumed from an older one: this step is being trained anew.
-                self._manager.delete(step)
-            self._manager.save(
+            written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
                 ),
                 metrics=metrics,
+                force=True,
             )
+            if not written:
+                raise RuntimeError(f"step {step} was not saved")
+
+    def set_aside_after(self, step: int) -> list[int]:
+        """Moves checkpoints after `step` to `workdir/abandoned`; returns their steps.
+
+        Going on from an older checkpoint starts another branch: the later ones would
+        stand in its way, and a restart would take them for its own.
+        """
+        later = [s for s in self.steps() if s > step]
+        aside = self.directory.parent / "abandoned"
+        for s in later:
+            aside.mkdir(exist_ok=True)
+            free = next(
+                path
+                for n in itertools.count()
+                if not (path := aside / f"{s}-{n}").exists()
+            )
+            (self.directory / str(s)).rename(free)
+        if later:
+            self._manager.reload()
+        return later
 
     def wait(self):
         """Blocks until what was saved is on disk."""
@@ -87,7 +115,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self):
-        self._manager.close()
+        with self._write_errors():
+            self._manager.close()
 
     @contextlib.contextmanager
     def _write_errors(self):
@@ -104,16 +133,14 @@ class Checkpoints:
                 "resumes."
             ) from e
 
-    def choose(
-        self, asked: int, flag: str = "config.checkpoint.restore_step"
-    ) -> int | None:
+    def choose(self, asked: int) -> int | None:
         """The step to restore: `asked`, the latest for -1, None if there is none."""
         have = self.steps()
         if asked == -1:
             return have[-1] if have else None
         if asked not in have:
             raise ValueError(
-                f"{flag}={asked} is not in {self.directory}: "
+                f"{self.flag}={asked} is not in {self.directory}: "
                 f"it has {have or 'no checkpoints'}. Use one of them, or -1."
             )
         return asked
@@ -140,9 +167,11 @@ class Checkpoints:
         try:
             yield
         except _ERRORS as e:
+            if "RESOURCE_EXHAUSTED" in str(e):  # memory, not the files
+                raise
             others = [s for s in self.steps() if s != step]
             way_out = (
-                f"An older one: --config.checkpoint.restore_step={others[-1]}."
+                f"Another one: --{self.flag}={others[-1]}."
                 if others
                 else "No other one is left; start in a new --workdir."
             )
@@ -213,6 +242,18 @@ def check_compatible(meta: dict, cfg: config_lib.Config, data: dict):
         )
 
 
+def check_vocab(meta: dict, words: Vocab):
+    """Refuses a vocabulary other than the one a checkpoint was trained with."""
+    trained_with = meta["data"]["vocab"]
+    if trained_with != words.fingerprint:
+        raise ValueError(
+            f"config.data.vocab={words.spec!r} is not the vocabulary of the run: its "
+            f"fingerprint is {words.fingerprint}, the checkpoint of step "
+            f"{meta['step']} was trained with {trained_with}. Put the original file "
+            "back."
+        )
+
+
 def _at(tree: dict, path: str):
     for part in path.split("."):
         tree = tree[part]
@@ -235,9 +276,9 @@ def load_run(workdir, step: int = -1):
     # Orbax would create a directory that is missing.
     if not directory.is_dir():
         raise nothing
-    reader = Checkpoints(workdir, config_lib.CheckpointConfig(), sweep=False)
+    reader = Checkpoints(workdir, config_lib.CheckpointConfig(), reader=True)
     try:
-        chosen = reader.choose(step, "--step")
+        chosen = reader.choose(step)
         if chosen is None:
             raise nothing
         meta = reader.meta(chosen)

@@ -26,13 +26,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 = latest")
     parser.add_argument("--data", help="held-out text, instead of the run's own")
     flags = parser.parse_args(argv)
-    cfg, _, params, at, _ = checkpoint.load_run(flags.workdir, flags.step)
+    cfg, _, params, at, meta = checkpoint.load_run(flags.workdir, flags.step)
     one = dataclasses.replace(cfg.sharding, data=-1, fsdp=1, tensor=1)
     cfg = dataclasses.replace(cfg, sharding=one)
     if flags.data:
         data = dataclasses.replace(cfg.data, heldout=flags.data)
         cfg = dataclasses.replace(cfg, data=data)
-    setup = run.Setup.of(cfg)
+    setup = run.Setup.of(cfg, jax.devices()[:1])
+    checkpoint.check_vocab(meta, setup.vocab)
     with sharding.use(setup.mesh, cfg.sharding.rules):
         eval_step = jax.jit(step.make_eval_step(setup.model, cfg, setup.vocab.size))
         result = {"step": at, "data": cfg.data.heldout}
@@ -69,7 +70,7 @@ def sample_sentences(source: str, count: int, seed: int) -> list[str]:
     found = []
     for document in sources.documents(source):
         sentences = re.split(r"(?<=[.!?]) ", document.replace("\n", " "))
-        fitting = [s for s in sentences if 60 <= len(s) <= 140]
+        fitting = [s for s in sentences if 60 <= len(s) <= 140 and s.count(" ") > 7]
         found += fitting[:20]
         if len(found) > 50 * count:
             break
@@ -81,6 +82,8 @@ def print_samples(setup: run.Setup, params, count: int = 4):
     """Prints held-out sentences with gaps, what the model fills in, and the truth."""
     rng = np.random.default_rng(setup.cfg.seed)
     texts = sample_sentences(setup.cfg.data.heldout, count, setup.cfg.seed)
+    if not texts:
+        return
     gapped = []
     for text in texts:
         words = text.split()

@@ -148,7 +148,11 @@ def write(output: pathlib.Path, arrays: dict[str, np.ndarray], about: dict):
             # A directory cannot be replaced in one step; the old one goes last.
             old = temporary.with_name(temporary.name + "-old")
             output.rename(old)
-            temporary.rename(output)
+            try:
+                temporary.rename(output)
+            except OSError:
+                old.rename(output)
+                raise
             shutil.rmtree(old)
         else:
             temporary.rename(output)

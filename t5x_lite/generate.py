@@ -74,16 +74,10 @@ def main(argv: list[str] | None = None):
         split_gaps(flags.text)
         texts = [flags.text]
 
-    cfg, model, params, step, meta = checkpoint.load_run(flags.workdir, flags.step)
+    cfg, model, params, _, meta = checkpoint.load_run(flags.workdir, flags.step)
     run.prepare_jax(cfg)
     words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
-    trained_with = meta["data"].get("vocab")
-    if trained_with != words.fingerprint:
-        raise ValueError(
-            f"config.data.vocab={cfg.data.vocab!r} is not the vocabulary of the run "
-            f"{flags.workdir} (fingerprint {words.fingerprint}, the checkpoint of step "
-            f"{step} was trained with {trained_with}). Put the original file back."
-        )
+    checkpoint.check_vocab(meta, words)
     found = fill_all(
         model,
         params,

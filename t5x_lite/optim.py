@@ -110,19 +110,19 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
 
         return optax.stateless(update)
 
-    parts = []
-    if o.clip_norm:
-        parts.append(optax.clip_by_global_norm(o.clip_norm))
     if o.name == "adamw":
-        parts.append(optax.scale_by_adam(o.beta1, o.beta2, o.eps))
+        core = optax.scale_by_adam(o.beta1, o.beta2, o.eps)
     else:
-        parts.append(per_matrix(adafactor(o), model))
-    if o.weight_decay:
-        parts.append(decayed_weights(o.weight_decay, decay))
-    if set(rate.values()) - {0.0, 1.0}:
-        parts.append(leafwise(rate))
-    parts.append(optax.scale_by_learning_rate(schedule(cfg)))
-    chain = optax.chain(*parts)
+        core = per_matrix(adafactor(o), model)
+    # Always the same parts: a checkpoint fits whichever of them are switched on.
+    nothing = optax.identity()
+    chain = optax.chain(
+        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else nothing,
+        core,
+        decayed_weights(o.weight_decay, decay) if o.weight_decay else nothing,
+        leafwise(rate) if set(rate.values()) - {0.0, 1.0} else nothing,
+        optax.scale_by_learning_rate(schedule(cfg)),
+    )
     if not frozen:
         return chain
 

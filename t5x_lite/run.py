@@ -34,12 +34,18 @@ class Setup:
     batch_sharding: NamedSharding
 
     @classmethod
-    def of(cls, cfg: config_lib.Config) -> "Setup":
-        """Resolves a config; every error of user input comes before any compile."""
+    def of(cls, cfg: config_lib.Config, devices=None) -> "Setup":
+        """Resolves a config; every error of user input comes before any compile.
+
+        Args:
+          devices: of the mesh; None = all.
+        """
         prepare_jax(cfg)
         words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
         cfg = resolve_vocab_size(cfg, words)
-        mesh = sharding.make_mesh(cfg.sharding)
+        mesh = sharding.make_mesh(cfg.sharding, devices)
+        sizes = dataclasses.replace(cfg.sharding, **mesh.shape)
+        cfg = dataclasses.replace(cfg, sharding=sizes)
         if cfg.model.attention == "rows" and mesh.size > 1:
             raise ValueError(
                 "config.model.attention='rows' runs on one device, here are "
@@ -62,16 +68,16 @@ class Setup:
             host_index=jax.process_index(),
             host_count=jax.process_count(),
         )
-        sources = ((cfg.data.train, False), (cfg.data.heldout, True))
-        train, heldout = (
-            pipeline.Batches(
-                store.open_store(source, words, cfg.data.cache_dir),
-                words,
-                evaluation=evaluation,
-                **shared,
-            )
-            for source, evaluation in sources
-        )
+
+        def batches(key: str, source: str, evaluation: bool) -> pipeline.Batches:
+            tokens = store.open_store(source, words, cfg.data.cache_dir)
+            try:
+                return pipeline.Batches(tokens, words, evaluation=evaluation, **shared)
+            except ValueError as e:
+                raise ValueError(f"{key}={source!r}: {e}") from e
+
+        train = batches("config.data.train", cfg.data.train, False)
+        heldout = batches("config.data.heldout", cfg.data.heldout, True)
         return cls(cfg, words, train, heldout, mesh, net, tx, abstract, rows)
 
     @property
@@ -151,6 +157,13 @@ def prepare_jax(cfg: config_lib.Config):
     """Platform and compilation cache, before the first use of a device."""
     if cfg.platform:
         jax.config.update("jax_platforms", cfg.platform)
+    try:
+        jax.devices()
+    except RuntimeError as e:
+        raise ValueError(
+            f"config.platform={cfg.platform!r} cannot be used here: {e}. Leave it "
+            "empty for the best platform there is, or install jax for it."
+        ) from e
     if cfg.compile_cache:
         pathlib.Path(cfg.compile_cache).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", cfg.compile_cache)

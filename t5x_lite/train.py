@@ -17,6 +17,7 @@ import collections  # noqa: E402
 import contextlib  # noqa: E402
 import fcntl  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import pathlib  # noqa: E402
 import shutil  # noqa: E402
@@ -60,7 +61,6 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             setup = run.Setup.of(cfg)
         cfg, say = setup.cfg, setup.say
         say(setup.headline())
-        check_space(workdir, state.size_bytes(setup.abstract_state))
         stack.enter_context(sharding.use(setup.mesh, cfg.sharding.rules))
         checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
         stack.callback(checkpoints.close)
@@ -77,7 +77,7 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
         first = restored or 0
         unigram = setup.unigram_loss()
         if first >= cfg.steps:
-            rows = [m for m in metrics.read(workdir / "metrics.jsonl")]
+            rows = metrics.read(workdir / "metrics.jsonl")
             last = next((m for m in rows[::-1] if checkpoint.METRIC in m), {})
             say(
                 f"finished: step {first} of {cfg.steps} is done. For more: "
@@ -87,6 +87,11 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             return last
         if restored is not None:
             say(f"resuming after step {restored} of {cfg.steps}")
+            if later := checkpoints.set_aside_after(restored):
+                aside = workdir / "abandoned"
+                shutil.copy(workdir / "metrics.jsonl", aside / f"{later[-1]}.jsonl")
+                say(f"moved the later checkpoints {later} to {aside}")
+        check_space(workdir, state.size_bytes(setup.abstract_state))
         write_files(setup, workdir)
 
         with timed(timings, "compile"):
@@ -104,7 +109,23 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
         stack.callback(writer.close)
         log = StepLog(cfg, setup, writer, first)
         stack.callback(log.bar.close)
+
+        def evaluate_now(at: int) -> dict:
+            found = evaluate.heldout(setup, eval_step, train_state["params"])
+            found["unigram_loss"] = unigram
+            writer.write(at, **found)
+            log.say(
+                f"step {at}: held-out loss {found[checkpoint.METRIC]:.4f} "
+                f"(unigram {unigram:.4f})"
+            )
+            return found
+
         last_eval, now = {}, first
+        rows = metrics.read(workdir / "metrics.jsonl")
+        if first and first % cfg.eval_every == 0 and checkpoint.METRIC not in rows[-1]:
+            # A signal had stopped the run right before this evaluation.
+            last_eval = evaluate_now(first)
+        stop.waits = True
         data = pipeline.iterate(
             setup.train_batches, first, cfg.steps, prefetch=cfg.data.prefetch
         )
@@ -120,20 +141,16 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
                 took = ", ".join(f"{k} {v:.2f} s" for k, v in timings.items())
                 log.say(f"start-up: {took}")
             ends = now == cfg.steps or stop.signal is not None
-            evaluates = now % cfg.eval_every == 0 or now == cfg.steps
+            evaluates = now % cfg.eval_every == 0 and stop.signal is None
+            evaluates = evaluates or now == cfg.steps
             saves = now % cfg.checkpoint.every == 0 or ends
             if not (evaluates or saves):
                 continue
             log.drain()
             heldout = None
             if evaluates:
-                last_eval = evaluate.heldout(setup, eval_step, train_state["params"])
-                last_eval["unigram_loss"] = unigram
-                writer.write(now, **last_eval)
+                last_eval = evaluate_now(now)
                 heldout = last_eval[checkpoint.METRIC]
-                log.say(
-                    f"step {now}: held-out loss {heldout:.4f} (unigram {unigram:.4f})"
-                )
             if saves:
                 writer.flush()
                 meta = checkpoint.make_meta(cfg, now, setup.data_identity())
@@ -187,6 +204,14 @@ class StepLog:
         sums = host["sums"]
         weight = max(float(sums.weight), 1.0)
         loss = float(sums.nll) / weight
+        norm = float(host["grad_norm"])
+        # Checked before any save: every fetched step comes before it.
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {now} has loss {loss} and gradient norm {norm}. Lower "
+                "config.optim.learning_rate or set config.optim.clip_norm, then run "
+                "again: it resumes from the last checkpoint."
+            )
         speed = self.setup.tokens_per_step / seconds
         self.bar.update()
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", False)
@@ -196,18 +221,12 @@ class StepLog:
                 loss=loss,
                 z_loss=float(sums.z) / weight,
                 accuracy=float(sums.correct) / weight,
-                grad_norm=float(host["grad_norm"]),
+                grad_norm=norm,
                 learning_rate=float(np.asarray(self.rate(now - 1))),
                 tokens_per_second=speed,
                 step_seconds=seconds,
                 epoch=self.setup.epoch(now - 1),
                 fingerprint=f"{int(host['fingerprint']):08x}",
-            )
-        if loss != loss:
-            raise FloatingPointError(
-                f"the loss of step {now} is not a number. Lower "
-                "config.optim.learning_rate or set config.optim.clip_norm, then run "
-                "again: it resumes from the last checkpoint."
             )
 
 
@@ -281,9 +300,14 @@ def timed(timings: dict, name: str):
 
 
 class StopSignal:
-    """Within: SIGTERM and SIGINT only set `signal`; a second SIGINT interrupts."""
+    """Within: SIGTERM and SIGINT only set `signal`, once `waits` is True.
+
+    Before that there is nothing to save and they end the process; so does a second
+    SIGINT.
+    """
 
     signal: str | None = None
+    waits = False
 
     def __enter__(self):
         self._old = {
@@ -293,6 +317,10 @@ class StopSignal:
 
     def _received(self, number, frame):
         del frame
+        if not self.waits and number == signal.SIGTERM:
+            sys.exit(128 + number)
+        if not self.waits:
+            raise KeyboardInterrupt
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name

@@ -12,6 +12,7 @@ import io
 import itertools
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -242,7 +243,9 @@ def train(source: str, size: int, output: str, threads: int = 2) -> None:
             f"--size={size} does not fit the text of --input={source!r}: {error}"
         ) from error
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    Path(output).write_bytes(model.getvalue())
+    temporary = Path(f"{output}.tmp")
+    temporary.write_bytes(model.getvalue())
+    temporary.replace(output)
 
 
 def _lines(documents: Iterator[str]) -> Iterator[str]:
@@ -252,7 +255,9 @@ def _lines(documents: Iterator[str]) -> Iterator[str]:
     with tqdm.tqdm(unit="B", unit_scale=True, desc="reading text") as bar:
         for document in documents:
             bar.update(len(document.encode()))
-            yield from document.splitlines()
+            for line in document.splitlines():
+                # SentencePiece leaves out lines above `max_sentence_length` bytes.
+                yield from textwrap.wrap(line, 2**13) if len(line) > 2**13 else [line]
     print("training the vocabulary (EM over the seed pieces) ...", file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from t5x_lite import layers
 from t5x_lite import model as model_lib
-from t5x_lite.config import REMAT, ModelConfig
+from t5x_lite.config import ATTENTION, REMAT, ModelConfig
 from t5x_lite.interop import t5
 from tests import parity
 
@@ -40,13 +40,14 @@ def test_logits_are_the_reference(name, scan):
 
 
 @pytest.mark.parametrize(
-    "name, scan, remat",
-    [("t5_1_1", scan, remat) for scan in (True, False) for remat in REMAT]
-    + [("t5", True, "dots"), ("t5", False, "none")],
+    "name, scan, remat, attention",
+    [("t5_1_1", scan, remat, "einsum") for scan in (True, False) for remat in REMAT]
+    + [("t5_1_1", True, "dots", other) for other in ATTENTION if other != "einsum"]
+    + [("t5", True, "dots", "einsum"), ("t5", False, "none", ATTENTION[-1])],
 )
-def test_gradients_are_the_reference(name, scan, remat):
+def test_gradients_are_the_reference(name, scan, remat, attention):
     cfg, weights, arrays = golden(name)
-    cfg = dataclasses.replace(cfg, scan=scan, remat=remat)
+    cfg = dataclasses.replace(cfg, scan=scan, remat=remat, attention=attention)
     # One chunk, chunks that divide the length, and chunks that do not.
     chunk = {"none": 0, "full": 20, "dots": 17, "dots_no_batch": 1}[remat]
     parity.compare_grads(

@@ -8,11 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from unittest import mock
 
+import jax
+import numpy as np
 import pytest
 
-from t5x_lite import metrics
+from t5x_lite import checkpoint, evaluate, metrics, train
+from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCE = ROOT / "data" / "heldout.jsonl"
@@ -136,7 +141,7 @@ def test_ten_kills_at_random_instants_change_nothing(uninterrupted, shared, tmp_
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
         landed.append((moment, process.returncode, steps(workdir)[-1:]))
-        assert set(before[-1:]) <= set(steps(workdir)), landed
+        assert max(steps(workdir), default=0) >= max(before, default=0), landed
     run(workdir, shared, *LONG)
     assert sequence(workdir) == sequence(uninterrupted[0]), landed
     assert [code for _, code, _ in landed].count(-signal.SIGKILL) >= 8, landed
@@ -231,7 +236,66 @@ def test_a_truncated_checkpoint_is_named_and_an_older_one_offered(
     out = run(workdir, shared, "--config.steps=4", code=2)
     assert "checkpoints/2 cannot be read" in out and "restore_step=1" in out
     out = run(workdir, shared, "--config.steps=4", "--config.checkpoint.restore_step=1")
-    assert "resuming after step 1 of 4" in out
+    assert "resuming after step 1 of 4" in out and "moved the later" in out
+    assert (workdir / "abandoned" / "2-0").is_dir()
+    assert steps(workdir) == [2, 4]
+    whole = tmp_path / "whole"
+    run(whole, shared, "--config.steps=4")
+    assert sequence(workdir) == sequence(whole)
+
+
+def test_the_way_out_of_a_bad_loss_fits_the_checkpoint(short, shared, tmp_path):
+    """Clipping, weight decay and learning rate may change between two starts."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(short, workdir)
+    flags = ["--config.optim.clip_norm=1.0", "--config.optim.weight_decay=0.01"]
+    out = run(workdir, shared, "--config.steps=4", *flags)
+    assert "resuming after step 2 of 4" in out
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(shared, tmp_path):
+    flags = ["--config.optim.learning_rate=1e30", "--config.checkpoint.every=1"]
+    out = run(tmp_path, shared, "--config.steps=9", *flags, code=2)
+    assert "Lower config.optim.learning_rate" in out
+    rows = sequence(tmp_path)
+    assert all(abs(r["loss"]) < 1e30 for r in rows if "loss" in r)
+    assert steps(tmp_path)[-1] <= rows[-1]["step"]
+
+
+def test_evaluate_on_more_devices_than_the_run_had(short, shared, capsys):
+    assert jax.device_count() == 8
+    evaluate.main([f"--workdir={short}"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    trained = [r for r in sequence(short) if "heldout_loss" in r][-1]
+    assert result["step"] == 2 and result["unigram_loss"] == trained["unigram_loss"]
+    assert result["heldout_loss"] == pytest.approx(trained["heldout_loss"], rel=1e-5)
+
+
+def test_a_full_disk_is_one_clear_error_and_keeps_what_is_there(short, shared):
+    free = shutil.disk_usage(short)._replace(free=1000)
+    with mock.patch("shutil.disk_usage", return_value=free):
+        with pytest.raises(OSError, match="two checkpoints need"):
+            train.check_space(short, 10**6)
+    with tempfile.TemporaryDirectory() as directory:
+        saved = checkpoint.Checkpoints(directory, tiny_config().checkpoint)
+        saved.save(1, {"x": np.zeros(8)}, {})
+        saved.wait()
+        with mock.patch("orbax.checkpoint.CheckpointManager.save") as save:
+            save.side_effect = OSError(28, "No space left on device")
+            with pytest.raises(OSError, match=r"failed: .*\n?.*Complete .*: \[1\]"):
+                saved.save(2, {"x": np.zeros(8)}, {})
+        saved.close()
+
+
+def test_the_best_checkpoint_outlives_a_restart(tmp_path):
+    keep = tiny_config(checkpoint=dict(keep_last=1, keep_best=1)).checkpoint
+    for start, losses in ((1, [3.0, 1.0, 5.0]), (4, [5.0, 2.0])):
+        saved = checkpoint.Checkpoints(tmp_path, keep)
+        for step, loss in enumerate(losses, start):
+            saved.save(step, {"x": np.full(8, loss)}, {}, heldout_loss=loss)
+            saved.wait()
+        saved.close()
+    assert steps(tmp_path) == [2, 5]
 
 
 def test_an_unwritable_workdir_is_refused_at_once(shared, tmp_path):

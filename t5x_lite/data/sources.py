@@ -139,5 +139,12 @@ def _records(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
                 f'{where}: no field "text" that is a string; the line holds {held}. '
                 'A line must be like {"text": "..."}.'
             )
+        try:
+            record["text"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: text that is not valid Unicode ({error}). Repair the "
+                "line or leave it out."
+            ) from error
         if record["text"].strip():
             yield record["text"]
