@@ -39,7 +39,7 @@ class Checkpoints:
         self, workdir, cfg: config_lib.CheckpointConfig, *, reader: bool = False
     ):
         # What the user of this process chooses a step with.
-        self.flag = "step" if reader else "config.checkpoint.restore_step"
+        self.flag = "--step" if reader else "--config.checkpoint.restore_step"
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         keep: list[Any] = [policies.LatestN(cfg.keep_last)]
         if cfg.keep_every:
@@ -171,7 +171,7 @@ class Checkpoints:
                 raise
             others = [s for s in self.steps() if s != step]
             way_out = (
-                f"Another one: --{self.flag}={others[-1]}."
+                f"Another one: {self.flag}={others[-1]}."
                 if others
                 else "No other one is left; start in a new --workdir."
             )

@@ -5,6 +5,7 @@ building one allocates nothing. Axis letters: B batch, T query length, S key len
 D model, F feed-forward, N heads, H head dim, V vocabulary, L layers.
 """
 
+import functools
 import zlib
 
 import jax
@@ -96,6 +97,32 @@ class RMSNorm(nnx.Module):
         return (y_BTD * scale_11D).astype(x_BTD.dtype)
 
 
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(activation: str, gate_BTF, up_BTF):
+    """act(gate) * up, whose gradients are computed once.
+
+    Left to itself, XLA on a CPU computes them again inside the transposes of each
+    product that follows (13 % of a T5.1.1-small step).
+    """
+    return ACTIVATIONS[activation](gate_BTF) * up_BTF
+
+
+def _gated_forward(activation, gate_BTF, up_BTF):
+    return gated(activation, gate_BTF, up_BTF), (gate_BTF, up_BTF)
+
+
+def _gated_backward(activation, kept, d_BTF):
+    gate_BTF, up_BTF = kept
+    open_BTF, pull = jax.vjp(ACTIVATIONS[activation], gate_BTF)
+    return jax.lax.optimization_barrier((*pull(d_BTF * up_BTF), d_BTF * open_BTF))
+
+
+gated.defvjp(_gated_forward, _gated_backward)
+
+
 class FeedForward(nnx.Module):
     """act(x W) W' without biases, or act(x W_gate) * (x W_up) W' (Shazeer 2020)."""
 
@@ -109,10 +136,11 @@ class FeedForward(nnx.Module):
         self.down = param((F, D), ("mlp", "embed"), out)
 
     def __call__(self, x_BTD, key=None):
-        act = dict(relu=jax.nn.relu, gelu=jax.nn.gelu)[self.cfg.activation]
+        act = ACTIVATIONS[self.cfg.activation]
         h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...])
         if self.cfg.gated:
-            h_BTF *= act(jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...]))
+            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...])
+            h_BTF = jnp.asarray(gated(self.cfg.activation, gate_BTF, h_BTF))
         else:
             h_BTF = act(h_BTF)
         h_BTF = dropout(h_BTF, self.cfg.dropout, key, along=1)

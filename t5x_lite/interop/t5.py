@@ -12,10 +12,7 @@ from t5x_lite.config import ModelConfig
 
 # Ours -> (theirs, input axes). A linear weight is [inputs..., outputs...] here and
 # [outputs, inputs] there; 0 input axes: the same array. {i} is the layer.
-ENDS = {
-    "embedding": ("shared.weight", 0),
-    "head": ("lm_head.weight", 0),
-}
+ENDS = {"embedding": ("shared.weight", 0), "head": ("lm_head.weight", 0)}
 RELATIVE = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 STACK = {
     "norm/scale": ("final_layer_norm.weight", 0),
@@ -80,10 +77,11 @@ def names(cfg: ModelConfig) -> dict[str, tuple[list[str], int, tuple[int, ...]]]
             rows[ours] = [f"{stack}.{theirs}"], inputs, shape
         else:
             theirs, inputs = BLOCK[rest.removeprefix("blocks/")]
-            fill = dict(
-                last=1 if stack == "encoder" else 2, up="wi_1" if cfg.gated else "wi"
+            up, last = "wi_1" if cfg.gated else "wi", 1 if stack == "encoder" else 2
+            theirs = f"{stack}.{theirs}".replace("{up}", up).replace(
+                "{last}", str(last)
             )
-            each = [f"{stack}.{theirs.format(i=i, **fill)}" for i in range(shape[0])]
+            each = [theirs.format(i=i) for i in range(shape[0])]
             rows[ours] = each, inputs, shape[1:]
     return rows
 
@@ -123,9 +121,9 @@ def from_hf(weights: Mapping[str, np.ndarray], cfg: ModelConfig) -> dict:
                 got = np.shape(weights[name])
                 problems.append(f"shape {got} instead of {wanted}: {name}")
     for name in copies:
-        if {name, "shared.weight"} <= set(weights):
-            if not np.array_equal(weights[name], weights["shared.weight"]):
-                problems.append(f"not equal to shared.weight: {name}")
+        both = [weights[n] for n in (name, "shared.weight") if n in weights]
+        if not all(np.array_equal(w, both[0]) for w in both):
+            problems.append(f"not equal to shared.weight: {name}")
     if problems:
         raise ValueError(
             f"{len(problems)} weight(s) do not fit config.model ({cfg.encoder_layers}+"

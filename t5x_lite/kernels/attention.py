@@ -12,12 +12,30 @@ def einsum(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias_1NTS, keep_BN1S):
     """Softmax attention without scaling, softmax in float32 -> o_BTNH."""
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH).astype(jnp.float32)
     if bias_1NTS is not None:
-        scores_BNTS += bias_1NTS
+        scores_BNTS = _add(scores_BNTS, bias_1NTS)
     scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, -1e10)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
     if keep_BN1S is not None:
         weights_BNTS *= keep_BN1S
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+
+
+@jax.custom_vjp
+def _add(scores_BNTS, bias_1NTS):
+    """A sum whose gradient exists before it is summed over B.
+
+    XLA on a CPU would fuse that sum with the softmax's gradient and compute it anew for
+    every element (10 % of a T5.1.1-small step).
+    """
+    return scores_BNTS + bias_1NTS
+
+
+def _add_backward(_, d_BNTS):
+    d_BNTS = jax.lax.optimization_barrier(d_BNTS)
+    return d_BNTS, jnp.sum(d_BNTS, axis=0, keepdims=True)
+
+
+_add.defvjp(lambda scores, bias: (_add(scores, bias), None), _add_backward)
 
 
 @jax.custom_vjp
