@@ -4,7 +4,7 @@
         --workdir=runs/t5_1_1_small --config.data.train='corpus/*.jsonl' \\
         --config.data.heldout=heldout.jsonl --config.data.vocab=spiece.model
 
-Hardware, wall time, held-out loss: not yet measured."""
+Hardware, wall time, held-out loss: not yet measured; not measured on GPU."""
 
 from configs import base
 
