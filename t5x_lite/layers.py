@@ -105,7 +105,7 @@ def gated(activation: str, gate_BTF, up_BTF):
     """act(gate) * up, whose gradients are computed once.
 
     Left to itself, XLA on a CPU computes them again inside the transposes of each
-    product that follows (13 % of a T5.1.1-small step).
+    product that follows. What this saves has not been measured by itself.
     """
     return ACTIVATIONS[activation](gate_BTF) * up_BTF
 

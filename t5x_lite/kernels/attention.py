@@ -25,7 +25,7 @@ def _add(scores_BNTS, bias_1NTS):
     """A sum whose gradient exists before it is summed over B.
 
     XLA on a CPU would fuse that sum with the softmax's gradient and compute it anew for
-    every element (10 % of a T5.1.1-small step).
+    every element. What this saves has not been measured by itself.
     """
     return scores_BNTS + bias_1NTS
 
