@@ -106,6 +106,14 @@ def unconstrained():
         _ACTIVE.reset(token)
 
 
+def on_cpu() -> bool:
+    """Is the code being traced for a CPU? (The mesh may be of other devices.)"""
+    active = _ACTIVE.get()
+    if active is None:
+        return jax.default_backend() == "cpu"
+    return active[0].devices.flat[0].platform == "cpu"
+
+
 def constrain(x: jax.Array, *axes) -> jax.Array:
     """Pins an activation to the rules of its logical axes; outside `use`: a no-op."""
     active = _ACTIVE.get()

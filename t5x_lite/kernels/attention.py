@@ -22,20 +22,21 @@ def einsum(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias_1NTS, keep_BN1S):
 
 @jax.custom_vjp
 def _add(scores_BNTS, bias_1NTS):
-    """A sum whose gradient exists before it is summed over B.
+    """A sum whose gradient is summed over B by a product with ones.
 
-    XLA on a CPU would fuse that sum with the softmax's gradient and compute it anew for
-    every element. What this saves has not been measured by itself.
+    XLA's CPU would fuse a reduction with the softmax's gradient and compute that anew
+    for every element: T5.1.1-small's step took 6.5 s instead of 7.0 (README).
     """
     return scores_BNTS + bias_1NTS
 
 
 def _add_backward(_, d_BNTS):
-    d_BNTS = jax.lax.optimization_barrier(d_BNTS)
-    return d_BNTS, jnp.sum(d_BNTS, axis=0, keepdims=True)
+    ones_B = jnp.ones(d_BNTS.shape[0], d_BNTS.dtype)
+    d_BNTS, ones_B = jax.lax.optimization_barrier((d_BNTS, ones_B))
+    return d_BNTS, jnp.einsum("B,BNTS->NTS", ones_B, d_BNTS)[None]
 
 
-_add.defvjp(lambda scores, bias: (_add(scores, bias), None), _add_backward)
+_add.defvjp(lambda scores, bias: (scores + bias, None), _add_backward)
 
 
 @jax.custom_vjp
