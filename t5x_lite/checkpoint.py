@@ -66,8 +66,9 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        """Steps of all complete checkpoints, ascending; stray folders are not."""
+        found = self._manager.all_steps()
+        return sorted(s for s in found if (self.directory / str(s) / "state").is_dir())
 
     def save(self, step: int, state, meta: dict, heldout_loss: float | None = None):
         """Starts writing; waits first if the previous write has not ended.
@@ -263,6 +264,7 @@ def _at(tree: dict, path: str):
 def load_run(workdir, step: int = -1):
     """A finished or running run for inference: (config, model, params, step, meta).
 
+    The config's platform is emptied: the run may have been on another machine.
     Parameters come back as float32 arrays on the default device.
 
     Raises:
@@ -282,7 +284,7 @@ def load_run(workdir, step: int = -1):
         if chosen is None:
             raise nothing
         meta = reader.meta(chosen)
-        cfg = config_lib.freeze(meta["config"])
+        cfg = config_lib.freeze(meta["config"] | {"platform": ""})
         net = model.build(cfg.model)
         with reader._read_errors(chosen):
             params = _restore_params(directory / str(chosen) / "state", net)

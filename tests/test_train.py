@@ -287,6 +287,16 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_is_there(short, shared):
         saved.close()
 
 
+def test_a_stray_folder_is_no_checkpoint(tmp_path):
+    saved = checkpoint.Checkpoints(tmp_path, tiny_config().checkpoint)
+    saved.save(1, {"x": np.zeros(8)}, {})
+    saved.close()
+    (tmp_path / "checkpoints/99").mkdir()
+    again = checkpoint.Checkpoints(tmp_path, tiny_config().checkpoint, reader=True)
+    assert again.choose(-1) == 1
+    again.close()
+
+
 def test_the_best_checkpoint_outlives_a_restart(tmp_path):
     keep = tiny_config(checkpoint=dict(keep_last=1, keep_best=1)).checkpoint
     for start, losses in ((1, [3.0, 1.0, 5.0]), (4, [5.0, 2.0])):
