@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from t5x_lite import config as config_lib
-from t5x_lite import layers, model
+from t5x_lite import model, parameters
 from t5x_lite.vocab import Vocab
 
 METRIC = "heldout_loss"
@@ -300,9 +300,9 @@ def _restore_params(path: pathlib.Path, net) -> dict:
         tuple(name.split("/")): jax.ShapeDtypeStruct(
             p.get_value().shape, np.float32, sharding=here
         )
-        for name, p in layers.declared(net).items()
+        for name, p in parameters.declared(net).items()
     }
-    tree = {"params": layers.nested(flat)}
+    tree = {"params": parameters.nested(flat)}
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             path,

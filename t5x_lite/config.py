@@ -25,7 +25,12 @@ def key(default: Any, doc: str, *, low=None, high=None, among=None) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-ACTIVATIONS = ("relu", "gelu")
+STRUCTURES = ("encoder", "decoder", "encoder_decoder", "prefix_lm", "permuted")
+ACTIVATIONS = ("relu", "gelu", "gelu_exact")
+POSITIONS = (
+    *("none", "learned", "sinusoidal", "bias", "bias_per_layer"),
+    *("functional", "transformer_xl", "prophetnet"),
+)
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("einsum", "rows")
 REMAT = ("none", "full", "dots", "dots_no_batch")
@@ -36,25 +41,69 @@ SCHEDULES = ("constant", "rsqrt", "linear", "cosine", "wsd")
 class ModelConfig:
     """Shape of a model. Presets with published sizes are in `configs/models.py`."""
 
-    structure: str = key("encoder_decoder", "structure", among=("encoder_decoder",))
+    structure: str = key("encoder_decoder", "which model and layout", among=STRUCTURES)
     vocab_size: int = key(0, "embedding rows; 0 = the vocabulary, up to 128n", low=0)
     d_model: int = key(512, "width D of the residual stream", low=1)
+    d_embed: int = key(0, "width of the embeddings; 0 = d_model (else: ALBERT)", low=0)
     d_ff: int = key(1024, "width F inside the feed-forward layer", low=1)
     heads: int = key(6, "attention heads N", low=1)
     head_dim: int = key(64, "width H of one head; N*H need not equal D", low=1)
-    encoder_layers: int = key(8, "encoder depth", low=1)
-    decoder_layers: int = key(8, "decoder depth", low=1)
-    activation: str = key("gelu", "gelu is the tanh form", among=ACTIVATIONS)
+    encoder_layers: int = key(8, "depth of an encoder or permuted-LM", low=1)
+    decoder_layers: int = key(8, "depth of a decoder or prefix-LM", low=1)
+    share_layers: bool = key(False, "one block for all layers (ALBERT)")
+    share_stacks: bool = key(False, "decoder uses the encoder's parameters too")
+    activation: str = key("gelu", "gelu is tanh, gelu_exact erf", among=ACTIVATIONS)
     gated: bool = key(True, "gated feed-forward (GEGLU with gelu)")
-    tie_embeddings: bool = key(False, "logits from the embedding, times D^-0.5")
+    bias: bool = key(False, "biases in projections and norms")
+    norm: str = key("rms", "RMSNorm or LayerNorm", among=("rms", "layer"))
+    norm_order: str = key("pre", "before a sublayer or after it", among=("pre", "post"))
+    norm_eps: float = key(1e-6, "epsilon of the norm", low=0.0)
+    embed_norm: bool = key(False, "norm after the embeddings")
+    scale_attention: bool = key(False, "scores times H^-0.5 (T5: no)")
+    tie_embeddings: bool = key(False, "logits from the embedding")
+    rescale_logits: bool = key(True, "times D^-0.5 if tied, as in T5 v1.0")
+    output_bias: bool = key(False, "a bias on the logits")
+    transform_output: bool = key(False, "dense, activation, norm before logits (BERT)")
+    init_std: float = key(0.0, "of all weights; 0 = by fan-in as in T5", low=0.0)
+    init_residual: bool = key(False, "outputs' init times (2L)^-0.5 (GPT-2)")
+    positions: str = key("bias", "how positions enter; see layers", among=POSITIONS)
+    max_positions: int = key(512, "rows of learned positions", low=1)
+    position_offset: int = key(0, "first row used (RoBERTa, BART: 2)", low=0)
+    types: int = key(0, "rows of sentence-type embeddings; 0 = none", low=0)
+    classes: int = key(0, "classes of the whole example; 0 = no such head", low=0)
+    query_streams: int = key(0, "query streams (XLNet 1, ProphetNet n)", low=0)
+    memory_length: int = key(0, "tokens read before the stream (XLNet)", low=0)
+    window: int = key(0, "positions that banded layers look back; 0 = all", low=0)
+    window_every: int = key(2, "every k-th layer is banded, from the k-th", low=1)
     relative_buckets: int = key(32, "relative-position buckets", low=4)
     relative_max_distance: int = key(128, "tokens; farther shares a bucket", low=2)
-    norm_eps: float = key(1e-6, "epsilon of RMSNorm", low=0.0)
+    generator_width: float = key(
+        0.0, "ELECTRA's generator as a share of the widths; 0 = none", low=0.0, high=1.0
+    )
     dropout: float = key(0.0, "rate, broadcast over length as in T5", low=0.0, high=0.9)
     attention: str = key("einsum", "kernel; rows: one CPU device", among=ATTENTION)
     dtype: str = key("float32", "compute dtype; state is float32", among=DTYPES)
     remat: str = key("dots", "what the backward pass recomputes", among=REMAT)
     scan: bool = key(True, "loop over layers with lax.scan (False: unrolled)")
+
+    @property
+    def depth(self) -> int:
+        """Layers of a single stack."""
+        encodes = self.structure in ("encoder", "permuted")
+        return self.encoder_layers if encodes else self.decoder_layers
+
+
+def generator_config(cfg: ModelConfig) -> ModelConfig:
+    """ELECTRA's generator: the same depth, a share of the widths (section 3.3)."""
+    heads = max(1, round(cfg.heads * cfg.generator_width))
+    return dataclasses.replace(
+        cfg,
+        generator_width=0.0,
+        d_model=heads * cfg.head_dim,
+        d_ff=max(1, round(cfg.d_ff * cfg.generator_width)),
+        heads=heads,
+        d_embed=cfg.d_embed or cfg.d_model,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +114,8 @@ class DataConfig:
     sentinels: int = key(100, "sentinel ids on top of the vocabulary", low=1)
     cache_dir: str = key("runs/stores", "where token stores are built")
     inputs_length: int = key(512, "encoder tokens per example, EOS included", low=4)
+    train_inputs: bool = key(False, "decoder: train on the inputs of a pair too")
+    static_noise: bool = key(False, "a window's noise is the same in every epoch")
     batch_size: int = key(128, "examples per step, over all devices", low=1)
     prefetch: int = key(2, "batches prepared ahead", low=0)
 
@@ -85,7 +136,10 @@ class OptimConfig:
     update_clip: float = key(1.0, "Adafactor update RMS threshold", low=0.0)
     weight_decay: float = key(0.0, "decoupled weight decay", low=0.0)
     decay_rules: tuple = key(
-        ((r".*(norm/scale|relative/embedding)$", 0.0), (r".*", 1.0)),
+        (
+            (r".*(norm/scale|norm/bias|_bias|/bias|relative/embedding)$", 0.0),
+            (r".*", 1.0),
+        ),
         "(regex, multiplier) of weight decay; first match wins, all must match",
     )
     lr_rules: tuple = key(
@@ -97,6 +151,7 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     z_loss: float = key(1e-4, "weight of log(Z)^2", low=0.0)
+    replaced_weight: float = key(50.0, "of ELECTRA's discriminator loss", low=0.0)
     chunk: int = key(0, "target positions per logits chunk; 0 = by size", low=0)
 
 

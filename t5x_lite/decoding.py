@@ -88,12 +88,14 @@ def decode_step(
     own = Cells(jnp.ones_like(positions_BS), positions_BS, positions_BS)
     ctx = Context(
         visible(query, own),
-        bound.decoder.relative.row(index, S),
         memory_visible_BTS=visible(query, memory_cells),
+        causal=True,
         index=index,
     )
-    y_B1D, cache = bound.decoder(bound.embed(tokens_B1), ctx, None, cache)
-    return bound.logits(bound.rescale(y_B1D))[:, 0], cache
+    stream = {"positions": now_B1}
+    x_B1D = bound.decoder_inputs(bound.embed(tokens_B1), stream)
+    y_B1D, cache, _ = bound.decoder(x_B1D, ctx, None, cache)
+    return bound.logits(bound.output(y_B1D))[:, 0], cache
 
 
 def restrict(logits_BV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:

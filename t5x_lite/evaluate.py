@@ -46,14 +46,15 @@ def main(argv: list[str] | None = None):
 
 def heldout(setup: run.Setup, eval_step, params) -> dict:
     """Loss, accuracy and perplexity over the held-out batches, per target token."""
-    totals = np.zeros(5)
+    totals: dict[str, np.ndarray] = {}
     steps = setup.heldout_steps()
     for i in tqdm.tqdm(
         steps, "held-out", leave=False, disable=not setup.lead, delay=1.0
     ):
         sums = eval_step(params, setup.to_device(setup.heldout_batches[i]))
-        totals += np.asarray(jax.device_get(sums), np.float64)
-    _, nll, z, correct, weight = totals
+        for name, each in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0.0) + np.asarray(each, np.float64)
+    _, nll, z, correct, weight = totals["tokens"]
     loss = float(nll / weight)
     return {
         checkpoint.METRIC: loss,
@@ -61,7 +62,18 @@ def heldout(setup: run.Setup, eval_step, params) -> dict:
         "heldout_accuracy": float(correct / weight),
         "heldout_z_loss": float(z / weight),
         "heldout_tokens": int(weight),
-    }
+    } | {f"heldout_{k}": v for k, v in others(totals).items()}
+
+
+def others(sums: dict) -> dict[str, float]:
+    """Loss and accuracy of the losses beside that of the tokens."""
+    found = {}
+    for name, each in sums.items():
+        if name != "tokens":
+            _, nll, _, correct, weight = map(float, each)
+            found[f"{name}_loss"] = nll / max(weight, 1.0)
+            found[f"{name}_accuracy"] = correct / max(weight, 1.0)
+    return found
 
 
 def sample_sentences(source: str, count: int, seed: int) -> list[str]:

@@ -1,6 +1,7 @@
 """What an objective returns and what a batch holds: the contract of the data path.
 
-Axis letters: B batch, T query length, S key length, V vocabulary.
+Axis letters: B batch, T query length, S key length, V vocabulary, K
+predicted places, G query streams.
 """
 
 import dataclasses
@@ -14,13 +15,73 @@ import numpy as np
 class Pair:
     """A batch of text-to-text examples: read the inputs, write the targets.
 
+    Rows may end with padding (`vocab.pad_id`); nothing behind the first one is read.
+
     Attributes:
-        inputs_BT: int32 [B, T_inputs], ends with EOS, no padding.
-        targets_BT: int32 [B, T_targets], ends with EOS, no padding.
+        inputs_BT: int32 [B, T_inputs], ends with EOS.
+        targets_BT: int32 [B, T_targets], ends with EOS.
+        source_BT, mask_BT: int32, bool [B, T_raw]: the text and what is hidden of it,
+            for layouts that hide and predict in place; None if that is not the task.
+        target_positions_BT: int32 [B, T_targets], places of the decoder's inputs where
+            they are not 0, 1, 2, ... (MASS keeps those of the source); or None.
+        streams: query streams of the decoder; stream k predicts the same targets from
+            inputs that end k tokens earlier (ProphetNet); 0 = none.
     """
 
     inputs_BT: np.ndarray
     targets_BT: np.ndarray
+    source_BT: np.ndarray | None = None
+    mask_BT: np.ndarray | None = None
+    target_positions_BT: np.ndarray | None = None
+    streams: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A batch of in-place examples: one stream that is read and trained.
+
+    What is None takes the default of `layouts.single`.
+
+    Attributes:
+        tokens_BT: int32 [B, T], what the stack reads; `vocab.pad_id` = padding.
+        targets_BK: int32 [B, K], ids to predict; K = T without `places_BK`.
+        weights_BK: float32 [B, K], 0 = not trained.
+        places_BK: int32 [B, K], the positions that are predicted, so that the output
+            layer is computed there only; None = everywhere. In [0, T), or in [0, G * T)
+            of the query streams one after the other.
+        ranks_BT: int32 [B, T]; None = 0, everyone sees everyone.
+        positions_BT: int32 [B, T]; None = 0, 1, 2, ...
+        types_BT: int32 [B, T], sentence types (0 = A, 1 = B); None = 0.
+        query_ranks_BGT: int32 [B, G, T]: G query streams beside the stack's own, with
+            the ranks that they see; the own stream then only serves as context.
+        query_groups_BGT: int32 [B, G, T], > 0: a query cell also sees the cells of the
+            query streams of its own group; None = none.
+        labels_B: int32 [B], class of the whole example (next sentence, order); or None.
+    """
+
+    tokens_BT: np.ndarray
+    targets_BK: np.ndarray
+    weights_BK: np.ndarray
+    places_BK: np.ndarray | None = None
+    ranks_BT: np.ndarray | None = None
+    positions_BT: np.ndarray | None = None
+    types_BT: np.ndarray | None = None
+    query_ranks_BGT: np.ndarray | None = None
+    query_groups_BGT: np.ndarray | None = None
+    labels_B: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Passages:
+    """Raw text of objectives that need real documents: windows that cross no border.
+
+    Attributes:
+        tokens_BT: int32 [B, T] of one document each, padded at the end.
+        others_BT: int32 [B, T] of other documents, padded at the end.
+    """
+
+    tokens_BT: np.ndarray
+    others_BT: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +101,18 @@ STREAM = {
     "ranks": Field("BT", "int32", "a query sees keys of rank <= its own"),
 }
 # The further fields of a stream that is trained.
+# K = T, or the number of `places`, or G * T with query streams.
 TRAINED = {
-    "targets": Field("BT", "int32", "ids to predict at each place, in [0, V)"),
-    "weights": Field("BT", "float32", "weight of the place in the loss; 0 = ignore"),
+    "targets": Field("BK", "int32", "ids to predict at each place, in [0, V)"),
+    "weights": Field("BK", "float32", "weight of the place in the loss; 0 = ignore"),
+}
+# Further fields that some objectives need.
+OPTIONAL = {
+    "types": Field("BT", "int32", "sentence types: 0 = A, 1 = B"),
+    "query_ranks": Field("BGT", "int32", "what G further query streams see"),
+    "query_groups": Field("BGT", "int32", "query cells that see each other; 0 = none"),
+    "places": Field("BK", "int32", "predicted cells, in [0, T) or [0, G * T)"),
+    "labels": Field("B", "int32", "class of the whole example"),
 }
 # Beside the streams.
 WHOLE = {
@@ -78,16 +148,21 @@ def check(batch: Mapping[str, Any], vocab_size: int) -> None:
     for name, stream in streams.items():
         trained = bool(TRAINED.keys() & stream.keys())
         fields = STREAM | TRAINED if trained else STREAM
+        fields = fields | {k: v for k, v in OPTIONAL.items() if k in stream}
         if stream.keys() != fields.keys():
             raise ValueError(
                 f"batch[{name!r}] holds {sorted(stream)}; the contract is "
-                f"{sorted(fields)} (t5x_lite/example.py)."
+                f"{sorted(fields)}, optional {sorted(OPTIONAL)} (t5x_lite/example.py)."
             )
-        sizes.pop("T", None)
+        for axis in "TKG":
+            sizes.pop(axis, None)
         for key, field in fields.items():
             where = f"batch[{name!r}][{key!r}]"
             _check_array(where, stream[key], field, sizes)
-            high = {"tokens": vocab_size, "targets": vocab_size}.get(key)
+            cells = sizes["T"] * sizes.get("G", 1)
+            high = dict(tokens=vocab_size, targets=vocab_size, places=cells).get(key)
+            if key == "query_ranks":  # a stream may see less than the first rank
+                continue
             _check_range(where, stream[key], high)
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import checkpoint, cli, layers
+from t5x_lite import checkpoint, cli, parameters
 from t5x_lite import config as config_lib
 from t5x_lite import model as model_lib
 
@@ -187,7 +187,7 @@ def load(output) -> tuple[model_lib.EncoderDecoder, dict]:
     cfg = config_lib.freeze(about["config"])
     model = model_lib.build(cfg.model)
     flat = restack(arrays)
-    expected = {n: p.get_value().shape for n, p in layers.declared(model).items()}
+    expected = {n: p.get_value().shape for n, p in parameters.declared(model).items()}
     wrong = [
         f"{name}: {found} in the file, {wanted} in the model"
         for name in sorted({*flat, *expected})
@@ -199,7 +199,7 @@ def load(output) -> tuple[model_lib.EncoderDecoder, dict]:
             f"{output} does not fit its own config.json:\n  - " + "\n  - ".join(wrong)
         )
     split = {tuple(n.split("/")): jnp.asarray(a, "float32") for n, a in flat.items()}
-    return model, layers.nested(split)
+    return model, parameters.nested(split)
 
 
 def verify(output, model: model_lib.EncoderDecoder, params: dict) -> str:
@@ -234,7 +234,7 @@ def logits(model: model_lib.EncoderDecoder, params: dict, batch: dict) -> jax.Ar
     def forward(params, batch):
         cast = jax.tree.map(lambda p: p.astype(model.cfg.dtype), params)
         bound: Any = model_lib.bind(model, cast)
-        return bound.logits(bound.hidden(batch))
+        return bound.logits(bound.outputs(batch).cells_BKE)
 
     return forward(params, batch)
 

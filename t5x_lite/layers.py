@@ -1,68 +1,22 @@
-"""The parts of a block: parameters, stacking, norm, feed-forward, attention, positions.
+"""The parts of a block: norm, feed-forward, attention.
 
-Modules only declare parameters (shape, logical axes, init) and say how to use them;
-building one allocates nothing. Axis letters: B batch, T query length, S key length,
-D model, F feed-forward, N heads, H head dim, V vocabulary, L layers.
+Axis letters: B batch, T query length, S key length, D model, F feed-forward, N heads,
+H head dim, V vocabulary, L layers.
 """
 
 import functools
-import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.config import ModelConfig
 from t5x_lite.kernels.attention import KERNELS
+from t5x_lite.parameters import ones, param, weight_init, zeros
+from t5x_lite.positions import RELATIVE
 from t5x_lite.sharding import on_cpu
-
-ones = nnx.initializers.ones
-normal = nnx.initializers.normal
-
-
-def param(shape, axes, init) -> nnx.Param:
-    """Declares a float32 parameter: its shape, logical axis names and initializer."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, init=init)
-
-
-def stacked(block: nnx.Module, layers: int) -> nnx.Module:
-    """The same module with a leading `layers` axis on every parameter."""
-
-    def stack(p: nnx.Param) -> nnx.Param:
-        declared = p.get_metadata()
-        return param(
-            (layers, *p.get_value().shape),
-            ("layers", *declared["axes"]),
-            declared["init"],
-        )
-
-    graph, state = nnx.split(block)
-    state = jax.tree.map(stack, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return nnx.merge(graph, state)
-
-
-def declared(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Name ('decoder/blocks/attention/query') -> declaration, in a fixed order."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {"/".join(map(str, path)): p for path, p in sorted(flat)}
-
-
-def init_params(model: nnx.Module, key: jax.Array) -> dict:
-    """Draws all parameters; a parameter's key is folded from its name alone."""
-
-    def draw(path, p):
-        own = jax.random.fold_in(key, zlib.crc32("/".join(map(str, path)).encode()))
-        return p.get_metadata()["init"](own, p.get_value().shape, jnp.float32)
-
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return nested({path: draw(path, p) for path, p in flat})
-
-
-def nested(flat: dict) -> dict:
-    """{('a', 'b'): x} -> {'a': {'b': x}}"""
-    return nnx.traversals.unflatten_mapping(flat)
 
 
 def dropout(x: jax.Array, rate: float, key, *, along: int) -> jax.Array:
@@ -83,30 +37,36 @@ def fold(key, n: int):
     return None if key is None else jax.random.fold_in(key, n)
 
 
-class RMSNorm(nnx.Module):
-    """Scale-only norm without mean (Zhang & Sennrich 2019), computed in float32."""
+class Norm(nnx.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), in float32."""
 
-    def __init__(self, cfg: ModelConfig):
-        self.eps = cfg.norm_eps
-        self.scale = param((cfg.d_model,), ("norm",), ones)
+    def __init__(self, cfg: ModelConfig, width: int = 0):
+        self.eps, self.centred = cfg.norm_eps, cfg.norm == "layer"
+        self.scale = param((width or cfg.d_model,), ("norm",), ones)
+        if self.centred and cfg.bias:
+            self.bias = param((width or cfg.d_model,), ("norm",), zeros)
 
     def __call__(self, x_BTD):
-        x32_BTD = x_BTD.astype(jnp.float32)
-        mean_BT1 = jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True)
-        y_BTD = x32_BTD * jax.lax.rsqrt(mean_BT1 + self.eps)
-        scale_11D = self.scale[...].astype(jnp.float32)[None, None]
-        return (y_BTD * scale_11D).astype(x_BTD.dtype)
+        y_BTD = x_BTD.astype(jnp.float32)
+        if self.centred:
+            y_BTD -= jnp.mean(y_BTD, axis=-1, keepdims=True)
+        mean_BT1 = jnp.mean(y_BTD * y_BTD, axis=-1, keepdims=True)
+        y_BTD *= jax.lax.rsqrt(mean_BT1 + self.eps)
+        y_BTD *= self.scale[...].astype(jnp.float32)[None, None]
+        if hasattr(self, "bias"):
+            y_BTD += self.bias[...].astype(jnp.float32)[None, None]
+        return y_BTD.astype(x_BTD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(spec: str, x, weight):
+def product(spec: str, x, weight) -> jax.Array:
     """einsum(x, weight) in x's dtype, fast on a CPU too.
 
     XLA's CPU multiplies bfloat16 about twice as fast into float32, also in the backward
     pass, where jnp.einsum's own gradient would not. Elsewhere the partial sums of a
     sharded product are exchanged in the result's dtype, so it stays x's.
     """
-    return _product(spec, x, weight)
+    result: Any = _differentiable_product(spec, x, weight)
+    return result
 
 
 def _product(spec, x, y):
@@ -122,10 +82,17 @@ def _product_backward(spec, kept, d):
     return dx, _product(f"{of_x},{out}->{of_weight}", x, d)
 
 
+_differentiable_product = jax.custom_vjp(_product, nondiff_argnums=(0,))
 # Forward calls no custom_vjp itself: remat would not see the product to save it.
-product.defvjp(lambda spec, x, w: (_product(spec, x, w), (x, w)), _product_backward)
+_differentiable_product.defvjp(
+    lambda spec, x, w: (_product(spec, x, w), (x, w)), _product_backward
+)
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -152,27 +119,34 @@ gated.defvjp(_gated_forward, _gated_backward)
 
 
 class FeedForward(nnx.Module):
-    """act(x W) W' without biases, or act(x W_gate) * (x W_up) W' (Shazeer 2020)."""
+    """act(x W) W', or act(x W_gate) * (x W_up) W' (Shazeer 2020)."""
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
         D, F = cfg.d_model, cfg.d_ff
-        into, out = normal(D**-0.5), normal(F**-0.5)
+        into = weight_init(cfg, D**-0.5)
         if cfg.gated:
             self.gate = param((D, F), ("embed", "mlp"), into)
         self.up = param((D, F), ("embed", "mlp"), into)
+        out = weight_init(cfg, F**-0.5, residual=True)
         self.down = param((F, D), ("mlp", "embed"), out)
+        if cfg.bias:
+            self.up_bias = param((F,), ("mlp",), zeros)
+            self.down_bias = param((D,), ("norm",), zeros)
 
     def __call__(self, x_BTD, key=None):
         act = ACTIVATIONS[self.cfg.activation]
         h_BTF = product("BTD,DF->BTF", x_BTD, self.up[...])
+        if self.cfg.bias:
+            h_BTF += self.up_bias[...][None, None]
         if self.cfg.gated:
             gate_BTF = product("BTD,DF->BTF", x_BTD, self.gate[...])
             h_BTF = jnp.asarray(gated(self.cfg.activation, gate_BTF, h_BTF))
         else:
             h_BTF = act(h_BTF)
         h_BTF = dropout(h_BTF, self.cfg.dropout, key, along=1)
-        return product("BTF,FD->BTD", h_BTF, self.down[...])
+        y_BTD = product("BTF,FD->BTD", h_BTF, self.down[...])
+        return y_BTD + self.down_bias[...][None, None] if self.cfg.bias else y_BTD
 
 
 class Attention(nnx.Module):
@@ -181,91 +155,59 @@ class Attention(nnx.Module):
     T5 does not scale by 1/sqrt(H); the query's initialisation carries it.
     """
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, positions: str = "none"):
         self.cfg = cfg
         D, N, H = cfg.d_model, cfg.heads, cfg.head_dim
         axes = ("embed", "heads", "kv")
-        self.query = param((D, N, H), axes, normal((D * H) ** -0.5))
-        self.key = param((D, N, H), axes, normal(D**-0.5))
-        self.value = param((D, N, H), axes, normal(D**-0.5))
-        self.out = param((N, H, D), ("heads", "kv", "embed"), normal((N * H) ** -0.5))
+        unscaled = 1 if cfg.scale_attention else H**-0.5
+        self.query = param((D, N, H), axes, weight_init(cfg, D**-0.5 * unscaled))
+        self.key = param((D, N, H), axes, weight_init(cfg, D**-0.5))
+        self.value = param((D, N, H), axes, weight_init(cfg, D**-0.5))
+        out = weight_init(cfg, (N * H) ** -0.5, residual=True)
+        self.out = param((N, H, D), ("heads", "kv", "embed"), out)
+        if cfg.bias and positions != "transformer_xl":  # XLNet's attention has none
+            self.query_bias = param((N, H), ("heads", "kv"), zeros)
+            self.key_bias = param((N, H), ("heads", "kv"), zeros)
+            self.value_bias = param((N, H), ("heads", "kv"), zeros)
+            self.out_bias = param((D,), ("norm",), zeros)
+        if positions in RELATIVE:
+            self.relative = RELATIVE[positions](cfg)
+
+    def _projected(self, x_BTD, name: str):
+        y_BTNH = product("BTD,DNH->BTNH", x_BTD, getattr(self, name)[...])
+        if hasattr(self, "out_bias"):
+            y_BTNH += getattr(self, f"{name}_bias")[...][None, None]
+        return y_BTNH
 
     def keys_values(self, y_BSD):
-        k_BSNH = product("BSD,DNH->BSNH", y_BSD, self.key[...])
-        v_BSNH = product("BSD,DNH->BSNH", y_BSD, self.value[...])
-        return k_BSNH, v_BSNH
+        return self._projected(y_BSD, "key"), self._projected(y_BSD, "value")
 
-    def __call__(self, x_BTD, keys_values, visible_BTS, bias_1NTS=None, key=None):
+    def __call__(self, x_BTD, keys_values, visible_BTS, bias=None, key=None, at=None):
+        """-> [B, T, D].
+
+        Args:
+          keys_values: k_BSNH, v_BSNH.
+          bias: float32, added to the scores, [1 or B, N, T, S].
+          at: `positions.Cells` of queries and keys, for positions that enter here.
+        """
         k_BSNH, v_BSNH = keys_values
-        q_BTNH = product("BTD,DNH->BTNH", x_BTD, self.query[...])
+        q_BTNH = self._projected(x_BTD, "query")
+        scale = self.cfg.head_dim**-0.5 if self.cfg.scale_attention else 1.0
+        of_values = None
+        if hasattr(self, "relative"):
+            q_BTNH, bias, of_values = self.relative(x_BTD, q_BTNH, scale, at)
+        elif scale != 1.0:
+            q_BTNH *= jnp.asarray(scale, q_BTNH.dtype)
         keep_BN1S = None
         if key is not None and self.cfg.dropout:
             B, S, N, _ = k_BSNH.shape
             ones_BN1S = jnp.ones((B, N, 1, S), x_BTD.dtype)
             keep_BN1S = dropout(ones_BN1S, self.cfg.dropout, key, along=2)
         attend = KERNELS[self.cfg.attention]
-        o_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias_1NTS, keep_BN1S)
+        extra = () if of_values is None else (of_values,)
+        o_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias, keep_BN1S, *extra)
         o_BTNH = checkpoint_name(o_BTNH, "attention")
-        return product("BTNH,NHD->BTD", o_BTNH, self.out[...])
-
-
-def relative_bucket(distance: np.ndarray, cfg: ModelConfig, bidirectional: bool):
-    """T5's log-spaced bucket of key position - query position (same shape, int32)."""
-    buckets, max_distance = cfg.relative_buckets, cfg.relative_max_distance
-    offset = np.zeros_like(distance)
-    if bidirectional:
-        buckets //= 2
-        offset = np.where(distance > 0, buckets, 0)
-        distance = np.abs(distance)
-    else:
-        distance = np.maximum(-distance, 0)
-    exact = buckets // 2
-    # float32 as in the reference: float64 puts some distances into other buckets.
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
-    scale = np.float32(np.log(max_distance / exact))
-    log = exact + (ratio / scale * np.float32(buckets - exact)).astype(np.int32)
-    bucket = np.where(distance < exact, distance, np.minimum(log, buckets - 1))
-    return (offset + bucket).astype(np.int32)
-
-
-class RelativeBias(nnx.Module):
-    """T5's relative-position bias, one table for all layers of a stack.
-
-    It depends on the distance of indices alone, which inside a segment is the distance
-    of positions for every layout whose positions are consecutive.
-    """
-
-    def __init__(self, cfg: ModelConfig, bidirectional: bool):
-        self.cfg, self.bidirectional = cfg, bidirectional
-        self.embedding = param(
-            (cfg.relative_buckets, cfg.heads),
-            ("buckets", "heads"),
-            normal(cfg.d_model**-0.5),
-        )
-
-    def __call__(self, T: int, S: int) -> jax.Array:
-        """float32 [1, N, T, S] for queries 0..T-1 and keys 0..S-1."""
-        distances = np.arange(-(T - 1), S)
-        buckets = relative_bucket(distances, self.cfg, self.bidirectional)
-        diagonals_NR = self.embedding[...].astype(jnp.float32)[buckets].T
-        return _from_diagonals(diagonals_NR, T, S)[None]
-
-    def row(self, index: jax.Array, S: int) -> jax.Array:
-        """float32 [1, N, 1, S] for the query at traced `index` and keys 0..S-1."""
-        buckets = relative_bucket(np.arange(-(S - 1), S), self.cfg, self.bidirectional)
-        diagonals_NR = self.embedding[...].astype(jnp.float32)[buckets].T
-        row_NS = jax.lax.dynamic_slice_in_dim(diagonals_NR, S - 1 - index, S, axis=1)
-        return row_NS[None, :, None, :]
-
-
-def _from_diagonals(diagonals_NR, T: int, S: int) -> jax.Array:
-    """[N, T+S-1] values by distance -> [N, T, S], without a gather.
-
-    Entry (t, s) is diagonal s - t + T - 1. Written as a skewed reshape, so that the
-    gradient is a plain sum instead of a scatter of T*S*N updates.
-    """
-    N, R = diagonals_NR.shape
-    padded = jnp.pad(diagonals_NR, ((0, 0), (0, 1)))
-    tiled = jnp.broadcast_to(padded[:, None, :], (N, T, R + 1)).reshape(N, T * (R + 1))
-    # Cut with stride R instead of R + 1: row t is shifted right by t.
-    return tiled[:, : T * R].reshape(N, T, R)[:, :, T - 1 :]
+        y_BTD = product("BTNH,NHD->BTD", o_BTNH, self.out[...])
+        if hasattr(self, "out_bias"):
+            y_BTD += self.out_bias[...][None, None]
+        return y_BTD

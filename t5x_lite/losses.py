@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from t5x_lite.sharding import constrain
 
@@ -35,7 +36,7 @@ def chunk_length(asked: int, batch: int, length: int, vocab: int) -> int:
 
 
 def cross_entropy(
-    x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk
+    x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, bias_V=None
 ) -> Sums:
     """Softmax cross-entropy of x @ kernel.T without holding [B, T, V] logits.
 
@@ -47,45 +48,41 @@ def cross_entropy(
       z_loss: weight of log(Z)^2 (Raffel et al.'s code; Chowdhery et al. 2022, sec. 5).
       used_ids: vocabulary size; logits of the padded ids beyond it are left out.
       chunk: positions per chunk.
+      bias_V: of the logits, or None.
 
     Returns:
       Sums over all tokens; only `objective` has a gradient.
     """
     sums: Any = _cross_entropy(
-        x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk
+        x_BTD, kernel_VD, bias_V, targets_BT, weights_BT, z_loss, used_ids, chunk
     )
     return sums
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk):
-    return _chunked(
-        x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, grad=False
-    )[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _cross_entropy(x_BTD, kernel_VD, bias_V, targets_BT, weights_BT, *static):
+    inputs = (x_BTD, kernel_VD, bias_V, targets_BT, weights_BT)
+    return _chunked(*inputs, *static, grad=False)[0]
 
 
-def _forward(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk):
-    sums, dx_BTD, dkernel_VD = _chunked(
-        x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, grad=True
-    )
-    return sums, (dx_BTD, dkernel_VD)
+def _forward(x_BTD, kernel_VD, bias_V, targets_BT, weights_BT, *static):
+    inputs = (x_BTD, kernel_VD, bias_V, targets_BT, weights_BT)
+    return _chunked(*inputs, *static, grad=True)
 
 
-def _backward(z_loss, used_ids, chunk, kept, cotangent: Sums):
-    dx_BTD, dkernel_VD = kept
+def _backward(z_loss, used_ids, chunk, grads, cotangent: Sums):
     scale = cotangent.objective
-    return (
-        dx_BTD * scale.astype(dx_BTD.dtype),
-        dkernel_VD * scale.astype(dkernel_VD.dtype),
-        None,
-        None,
-    )
+    scaled = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+    return (*scaled, None, None)
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunked(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, grad):
+def _chunked(
+    x_BTD, kernel_VD, bias_V, targets_BT, weights_BT, z_loss, used_ids, chunk, grad
+):
+    """-> (Sums, gradients of x, kernel and bias; None without `grad`)."""
     B, T, D = x_BTD.shape
     V = kernel_VD.shape[0]
     chunks = -(-T // chunk)
@@ -96,12 +93,14 @@ def _chunked(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, 
         return jnp.moveaxis(a.reshape(B, chunks, chunk, *a.shape[2:]), 1, 0)
 
     def body(carry, of_chunk):
-        sums, dkernel_VD = carry
+        sums, dkernel_VD, dbias_V = carry
         x_BCD, targets_BC, weights_BC = of_chunk
         x_BCD = constrain(x_BCD, "batch", "length", "residual")
         logits_BCV = jnp.einsum(
             "BCD,VD->BCV", x_BCD, kernel_VD, preferred_element_type=jnp.float32
         )
+        if bias_V is not None:
+            logits_BCV += bias_V.astype(jnp.float32)[None, None]
         logits_BCV = constrain(logits_BCV, "batch", "length", "vocab")
         ids_11V = jnp.arange(V)[None, None]
         if used_ids < V:
@@ -118,24 +117,48 @@ def _chunked(x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, 
         new = Sums(nll + z, nll, z, correct, jnp.sum(weights_BC))
         sums = jax.tree.map(jnp.add, sums, new)
         if not grad:
-            return (sums, dkernel_VD), None
+            return (sums, dkernel_VD, dbias_V), None
         slope_BC = weights_BC * (1.0 + 2.0 * z_loss * log_z_BC) / total_BC
         dlogits_BCV = exp_BCV * slope_BC[..., None] - jnp.where(
             is_target_BCV, weights_BC[..., None], 0.0
         )
+        if bias_V is not None:
+            dbias_V += jnp.sum(dlogits_BCV, axis=(0, 1))
         dlogits_BCV = dlogits_BCV.astype(kernel_VD.dtype)
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, kernel_VD)
         dkernel_VD += jnp.einsum(
             "BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32
         )
-        return (sums, dkernel_VD), dx_BCD
+        return (sums, dkernel_VD, dbias_V), dx_BCD
 
     zero = jnp.zeros((), jnp.float32)
     dkernel_VD = jnp.zeros((V, D), jnp.float32) if grad else zero
-    carry = (Sums(zero, zero, zero, zero, zero), dkernel_VD)
+    dbias_V = jnp.zeros((V,), jnp.float32) if grad and bias_V is not None else zero
+    carry = (Sums(zero, zero, zero, zero, zero), dkernel_VD, dbias_V)
     xs = (split(x_BTD), split(targets_BT), split(weights_BT))
-    (sums, dkernel_VD), dx = jax.lax.scan(body, carry, xs)
+    (sums, dkernel_VD, dbias_V), dx = jax.lax.scan(body, carry, xs)
     if dx is None:
-        return sums, None, None
+        return sums, None
     dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(B, chunks * chunk, D)[:, :T]
-    return sums, dx_BTD, dkernel_VD.astype(kernel_VD.dtype)
+    dbias_V = None if bias_V is None else dbias_V.astype(bias_V.dtype)
+    return sums, (dx_BTD, dkernel_VD.astype(kernel_VD.dtype), dbias_V)
+
+
+def classification(logits_BK, labels_B, weights_B) -> Sums:
+    """Softmax cross-entropy of small logits [..., K] that exist already."""
+    logits_BK = logits_BK.astype(jnp.float32)
+    nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, labels_B)
+    nll = jnp.sum(nll_B * weights_B)
+    hit_B = jnp.argmax(logits_BK, axis=-1) == labels_B
+    zero = jnp.zeros((), jnp.float32)
+    return Sums(nll, nll, zero, jnp.sum(hit_B * weights_B), jnp.sum(weights_B))
+
+
+def binary(logits_BT, labels_BT, weights_BT) -> Sums:
+    """Sigmoid cross-entropy; `labels_BT` bool."""
+    logits_BT = logits_BT.astype(jnp.float32)
+    labels = labels_BT.astype(jnp.float32)
+    nll = jnp.sum(optax.sigmoid_binary_cross_entropy(logits_BT, labels) * weights_BT)
+    hit_BT = (logits_BT > 0) == labels_BT
+    zero = jnp.zeros((), jnp.float32)
+    return Sums(nll, nll, zero, jnp.sum(hit_BT * weights_BT), jnp.sum(weights_BT))

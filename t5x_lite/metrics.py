@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import tensorboardX
 
-from t5x_lite.config import ModelConfig
+from t5x_lite.config import ModelConfig, generator_config
 
 
 class Writer:
@@ -54,24 +54,45 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def forward_flops(cfg: ModelConfig, inputs_length: int, targets_length: int) -> int:
+def forward_flops(cfg: ModelConfig, shapes: dict[str, tuple[int, int, int]]) -> int:
     """Floating-point operations of one example's forward pass, matrix products only.
 
     2 * m * n * k per product: projections, attention scores and values in full (causal
     attention is not halved), feed-forward, logits. Training takes three times as many.
+    XLNet's pass over its memory counts as a forward pass too.
 
     Args:
-      inputs_length: encoder tokens S.
-      targets_length: decoder tokens T.
+      shapes: stream name -> (T cells, K predicted cells, G query streams).
     """
-    S, T, D, F, V = inputs_length, targets_length, cfg.d_model, cfg.d_ff, cfg.vocab_size
+    D, F, V, E = cfg.d_model, cfg.d_ff, cfg.vocab_size, cfg.d_embed or cfg.d_model
     NH = cfg.heads * cfg.head_dim
     mlp = (3 if cfg.gated else 2) * 2 * D * F
-    encoder = S * (4 * 2 * D * NH + mlp) + 4 * S * S * NH
-    decoder = T * (4 * 2 * D * NH + mlp) + 4 * T * T * NH
-    cross = (T + S) * 2 * 2 * D * NH + 4 * T * S * NH
-    layers = cfg.encoder_layers * encoder + cfg.decoder_layers * (decoder + cross)
-    return layers + 2 * T * D * V
+    relative = 2 * NH * cfg.heads if cfg.positions == "transformer_xl" else 0
+
+    def layer(queries: int, keys: int) -> int:
+        own = queries * (2 * 2 * D * NH + mlp) + keys * 2 * 2 * D * NH
+        return own + 4 * queries * keys * NH + relative
+
+    def head(cells: int) -> int:
+        return cells * 2 * (E * V + (D * E if cfg.transform_output else 0))
+
+    if cfg.structure == "encoder_decoder":
+        S, _, _ = shapes["encoder"]
+        T, K, G = shapes["decoder"]
+        queries = (1 + G) * T
+        cross = queries * 2 * 2 * D * NH + S * 2 * 2 * D * NH + 4 * queries * S * NH
+        decoder = cfg.decoder_layers * (layer(queries, queries) + cross)
+        return cfg.encoder_layers * layer(S, S) + decoder + head(K)
+    T, K, G = shapes["main"]
+    M = cfg.memory_length
+    whole = cfg.depth * (layer((1 + G) * T, M + T) + (layer(M, M) if M else 0)) + head(
+        K
+    )
+    if not cfg.generator_width:
+        return whole
+    generator = generator_config(cfg)
+    score = T * 2 * (D * D + D) - head(K)  # the discriminator has no vocabulary
+    return whole + score + forward_flops(generator, shapes)
 
 
 def unigram_loss(train, heldout, used_ids: int) -> float:

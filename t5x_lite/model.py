@@ -1,82 +1,120 @@
 """One block, one scanned stack, and the assemblies built of them."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import layers
+from t5x_lite import layers, positions
 from t5x_lite.config import ModelConfig
+from t5x_lite.embeddings import Classes, Inputs, Output
+from t5x_lite.parameters import declared, param, stacked, weight_init
 from t5x_lite.sharding import constrain
-from t5x_lite.visibility import Cells, visible
+from t5x_lite.visibility import Cells, visible, visible_to_streams
 
 
 class Cache(NamedTuple):
     """Keys and values kept while decoding; every array carries a layers axis.
 
     keys, values: [L, B, S, N, H] of the decoder's own tokens, filled up to `index`.
-    cross_keys, cross_values: [L, B, S', N, H] of the encoder's output.
+    cross_keys, cross_values: [L, B, S', N, H] of the encoder's output, or None.
     """
 
     keys: jax.Array
     values: jax.Array
-    cross_keys: jax.Array
-    cross_values: jax.Array
+    cross_keys: jax.Array | None = None
+    cross_values: jax.Array | None = None
 
 
 class Context(NamedTuple):
-    """What all layers of a stack share: computed once, closed over by the scan."""
+    """What all layers of a stack share: computed once, closed over by the scan.
+
+    T cells of the stack's own, then G*T of its query streams; see `positions.Grid`.
+    """
 
     visible_BTS: jax.Array
-    bias_1NTS: jax.Array | None
+    bias_1NTS: jax.Array | None = None
+    grid: positions.Grid | None = None
+    banded_BTS: jax.Array | None = None  # of every cfg.window_every-th layer
     memory_BSD: jax.Array | None = None
     memory_visible_BTS: jax.Array | None = None
+    causal: bool = False  # which of T5's buckets
     index: jax.Array | None = None  # where a cached decoder writes; None = no cache
 
 
-class Block(nnx.Module):
-    """Pre-norm attention, cross-attention (decoders), feed-forward."""
+def relative_bias(table: positions.RelativeBias, ctx: Context) -> jax.Array:
+    """float32 [1, N, queries, keys]"""
+    if ctx.index is not None:
+        return table.row(ctx.index, ctx.visible_BTS.shape[-1], ctx.causal)
+    assert ctx.grid is not None
+    T, S = ctx.grid.length, ctx.grid.memory + ctx.grid.length
+    return ctx.grid.over_streams(table(T, S, ctx.causal))
 
-    def __init__(self, cfg: ModelConfig, cross: bool):
+
+class Block(nnx.Module):
+    """Attention, cross-attention (decoders), feed-forward; norms before or after."""
+
+    def __init__(self, cfg: ModelConfig, cross: bool, relative: str):
         self.cfg, self.has_cross = cfg, cross
-        self.attention_norm = layers.RMSNorm(cfg)
-        self.attention = layers.Attention(cfg)
+        self.attention_norm = layers.Norm(cfg)
+        self.attention = layers.Attention(cfg, relative)
+        if relative == "bias_per_layer":
+            self.relative = positions.RelativeBias(cfg)
         if cross:
-            self.cross_norm = layers.RMSNorm(cfg)
+            self.cross_norm = layers.Norm(cfg)
             self.cross = layers.Attention(cfg)
-        self.mlp_norm = layers.RMSNorm(cfg)
+        self.mlp_norm = layers.Norm(cfg)
         self.mlp = layers.FeedForward(cfg)
 
-    def __call__(self, x_BTD, ctx: Context, key=None, cache: Cache | None = None):
-        """-> (x_BTD, this layer's cache). `cache` has no layers axis here."""
+    def __call__(self, x_BTD, ctx: Context, key=None, cache=None, before_BMD=None):
+        """-> (x_BTD, this layer's cache). `cache` has no layers axis here.
+
+        Args:
+          before_BMD: inputs of this layer at the M tokens before (XLNet's memory).
+        """
         keys = [None] * 6 if key is None else jax.random.split(key, 6)
-        rate = self.cfg.dropout
+        pre, rate = self.cfg.norm_order == "pre", self.cfg.dropout
 
-        h_BTD = self.attention_norm(x_BTD)
-        kv = self.attention.keys_values(h_BTD)
-        if cache is not None:
-            assert ctx.index is not None
-            at = (0, ctx.index, 0, 0)
-            kv = tuple(
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
-                for old, new in zip((cache.keys, cache.values), kv, strict=True)
-            )
-            cache = cache._replace(keys=kv[0], values=kv[1])
-        h_BTD = self.attention(h_BTD, kv, ctx.visible_BTS, ctx.bias_1NTS, keys[0])
-        x_BTD += layers.dropout(h_BTD, rate, keys[1], along=1)
+        def sublayer(x_BTD, norm, f, key):
+            y_BTD = layers.dropout(f(norm(x_BTD) if pre else x_BTD), rate, key, along=1)
+            return x_BTD + y_BTD if pre else norm(x_BTD + y_BTD)
 
-        if self.has_cross:
-            h_BTD = self.cross_norm(x_BTD)
+        def attend(h_BTD):
+            nonlocal cache
+            y_BSD = h_BTD
+            if ctx.grid is not None and ctx.grid.streams and not ctx.grid.own:
+                y_BSD = h_BTD[:, : ctx.grid.length]
+            if before_BMD is not None:
+                before = self.attention_norm(before_BMD) if pre else before_BMD
+                y_BSD = jnp.concatenate([before, y_BSD], axis=1)
+            kv = self.attention.keys_values(y_BSD)
+            if cache is not None:
+                assert ctx.index is not None
+                at = (0, ctx.index, 0, 0)
+                kv = tuple(
+                    jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+                    for old, new in zip((cache.keys, cache.values), kv, strict=True)
+                )
+                cache = cache._replace(keys=kv[0], values=kv[1])
+            bias = ctx.bias_1NTS
+            if hasattr(self, "relative"):
+                bias = relative_bias(self.relative, ctx)
+            return self.attention(h_BTD, kv, ctx.visible_BTS, bias, keys[0], ctx.grid)
+
+        def cross(h_BTD):
             if cache is None:
                 kv = self.cross.keys_values(ctx.memory_BSD)
             else:
                 kv = (cache.cross_keys, cache.cross_values)
-            h_BTD = self.cross(h_BTD, kv, ctx.memory_visible_BTS, None, keys[2])
-            x_BTD += layers.dropout(h_BTD, rate, keys[3], along=1)
+            return self.cross(h_BTD, kv, ctx.memory_visible_BTS, None, keys[2])
 
-        h_BTD = self.mlp(self.mlp_norm(x_BTD), keys[4])
-        x_BTD += layers.dropout(h_BTD, rate, keys[5], along=1)
+        x_BTD = sublayer(x_BTD, self.attention_norm, attend, keys[1])
+        if self.has_cross and ctx.memory_visible_BTS is not None:
+            x_BTD = sublayer(x_BTD, self.cross_norm, cross, keys[3])
+        mlp = functools.partial(self.mlp, key=keys[4])
+        x_BTD = sublayer(x_BTD, self.mlp_norm, mlp, keys[5])
         return constrain(x_BTD, "batch", "length", "residual"), cache
 
 
@@ -92,125 +130,279 @@ POLICIES = {
 
 
 class Stack(nnx.Module):
-    """Blocks over one stream with T5's shared relative bias and a final norm."""
+    """Blocks over one stream; T5's relative bias is shared by them all.
 
-    def __init__(self, cfg: ModelConfig, depth: int, *, decoder: bool):
+    Args:
+      cross: attends to an encoder's output too, where there is one.
+    """
+
+    def __init__(self, cfg: ModelConfig, depth: int, *, cross: bool):
         self.cfg, self.depth = cfg, depth
-        self.blocks = layers.stacked(Block(cfg, cross=decoder), depth)
-        self.relative = layers.RelativeBias(cfg, bidirectional=not decoder)
-        self.norm = layers.RMSNorm(cfg)
+        # ProphetNet's encoder has learned positions only.
+        kind = cfg.positions
+        if kind == "prophetnet" and not cross:
+            kind = "learned"
+        block = Block(cfg, cross, kind)
+        self.blocks = block if cfg.share_layers else stacked(block, depth)
+        if kind == "bias":
+            self.relative = positions.RelativeBias(cfg)
+        if cfg.norm_order == "pre":
+            self.norm = layers.Norm(cfg)
 
-    def __call__(self, x_BTD, ctx: Context, key=None, cache: Cache | None = None):
-        """-> (final-normed x_BTD, new cache)."""
+    def __call__(self, x_BTD, ctx: Context, key=None, cache=None, before_LBMD=None):
+        """-> (x_BTD after the final norm, new cache, each layer's input [L, B, T, D]).
+
+        The inputs are of the stack's own cells, and only kept with config.model.
+        memory_length; else None.
+        """
         graph, params = nnx.split(self.blocks)
+        params, cfg = nnx.to_pure_dict(params), self.cfg
         keys = None if key is None else jax.random.split(key, self.depth)
+        if hasattr(self, "relative"):
+            ctx = ctx._replace(bias_1NTS=relative_bias(self.relative, ctx))
+        banded_L = None
+        if ctx.banded_BTS is not None:
+            banded_L = (jnp.arange(self.depth) + 1) % cfg.window_every == 0
 
         def layer(x_BTD, of_layer):
-            params, key, cache = of_layer
-            return nnx.merge(graph, params)(x_BTD, ctx, key, cache)
+            params, key, cache, before_BMD, banded = of_layer
+            if cfg.share_layers:
+                params = shared
+            own = ctx
+            if banded is not None:
+                seen = jnp.where(banded, ctx.banded_BTS, ctx.visible_BTS)
+                own = ctx._replace(visible_BTS=seen)
+            read_BTD = None
+            if cfg.memory_length and ctx.grid is not None:
+                read_BTD = x_BTD[:, : ctx.grid.length]
+            block = nnx.merge(graph, params)
+            x_BTD, cache = block(x_BTD, own, key, cache, before_BMD)
+            return x_BTD, (cache, read_BTD)
 
-        if self.cfg.remat != "none":
+        if cfg.remat != "none":
             layer = jax.checkpoint(
-                layer, policy=POLICIES[self.cfg.remat], prevent_cse=not self.cfg.scan
+                layer, policy=POLICIES[cfg.remat], prevent_cse=not cfg.scan
             )
-        per_layer = (nnx.to_pure_dict(params), keys, cache)
-        if self.cfg.scan:
-            x_BTD, cache = jax.lax.scan(layer, x_BTD, per_layer)
+        shared = params if cfg.share_layers else None
+        each = None if cfg.share_layers else params
+        per_layer = (each, keys, cache, before_LBMD, banded_L)
+        if cfg.scan:
+            x_BTD, out = jax.lax.scan(layer, x_BTD, per_layer, length=self.depth)
         else:
-            caches = []
+            outs = []
             for i in range(self.depth):
                 one = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
                 x_BTD, new = layer(x_BTD, one)
-                caches.append(new)
-            cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-        return self.norm(x_BTD), cache
+                outs.append(new)
+            out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        cache, read_LBTD = out
+        return self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, cache, read_LBTD
 
 
-class EncoderDecoder(nnx.Module):
-    """T5 (Raffel et al. 2020): bidirectional encoder, causal decoder.
+class Outputs(NamedTuple):
+    """What the losses read.
+
+    cells_BKE: of the predicted cells; times `output_kernel` they are logits.
+    classes_BC: float32 logits of the whole example, or None.
+    """
+
+    cells_BKE: jax.Array
+    classes_BC: jax.Array | None = None
+
+
+class Assembly(nnx.Module):
+    """Embedding table and output layer, which all structures have."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg = cfg
+        V, E = cfg.vocab_size, cfg.d_embed or cfg.d_model
+        self.embedding = param((V, E), ("vocab", "embed"), weight_init(cfg, 1.0))
+        self.output = Output(cfg)
+        if cfg.classes:
+            self.classes = Classes(cfg)
+
+    def embed(self, tokens_BT):
+        # Gather the table's D first, as FSDP does with any weight: looked up with D
+        # sharded, GSPMD replicates the whole batch of activations instead.
+        table_VE = constrain(self.embedding[...], "vocab", "residual")
+        x_BTE = table_VE.astype(self.cfg.dtype)[tokens_BT]
+        return constrain(x_BTE, "batch", "length", "residual")
+
+    @property
+    def output_kernel(self) -> jax.Array:
+        """[V, E]"""
+        tied = self.cfg.tie_embeddings
+        return self.embedding[...] if tied else self.output.kernel[...]
+
+    @property
+    def output_bias(self) -> jax.Array | None:
+        """[V]"""
+        return self.output.bias[...] if self.cfg.output_bias else None
+
+    def logits(self, cells_BTE) -> jax.Array:
+        """float32 [B, T, V]; only for small V or T (training uses `losses`)."""
+        kernel_VE = self.output_kernel.astype(cells_BTE.dtype)
+        logits_BTV = jnp.einsum(
+            "BTE,VE->BTV", cells_BTE, kernel_VE, preferred_element_type=jnp.float32
+        )
+        bias_V = self.output_bias
+        if bias_V is None:
+            return logits_BTV
+        return logits_BTV + bias_V.astype(jnp.float32)[None, None]
+
+    def read(self, y_BTD, stream: dict) -> Outputs:
+        """Picks the predicted cells of a stack's output."""
+        T = stream["tokens"].shape[1]
+        classes = self.classes(y_BTD) if self.cfg.classes else None
+        y_BTD = y_BTD[:, T:] if "query_ranks" in stream else y_BTD
+        if "places" in stream:
+            y_BTD = jnp.take_along_axis(y_BTD, stream["places"][..., None], axis=1)
+            y_BTD = constrain(y_BTD, "batch", "length", "residual")
+        return Outputs(self.output(y_BTD), classes)
+
+
+def context(cfg: ModelConfig, stream: dict, before: dict | None = None) -> Context:
+    """Visibility and grid of a stream, which may follow the memory stream `before`."""
+    cells = keys = Cells.of(stream)
+    memory, different = 0, None
+    if before is not None:
+        # What came before is visible to all, whatever the order inside the stream.
+        first = jnp.full_like(before["ranks"], -(2**30))
+        both = zip(Cells.of(before)._replace(ranks_BT=first), cells, strict=True)
+        keys = Cells(*(jnp.concatenate(pair, axis=1) for pair in both))
+        memory = before["tokens"].shape[1]
+    if cfg.types and "types" in stream:
+        types = before["types"] if before is not None else stream["types"][:, :0]
+        types = jnp.concatenate([types, stream["types"]], axis=1)
+        different = stream["types"][:, :, None] != types[:, None]
+    queries = stream.get("query_ranks")
+    streams = 0 if queries is None else queries.shape[1]
+    own = "query_groups" in stream
+
+    def seen(window: int) -> jax.Array:
+        if queries is None:
+            return visible(cells, keys, window=window)
+        return visible_to_streams(
+            cells, keys, queries, stream.get("query_groups"), window=window
+        )
+
+    return Context(
+        visible_BTS=seen(0),
+        grid=positions.Grid(stream["tokens"].shape[1], streams, memory, own, different),
+        banded_BTS=seen(cfg.window) if cfg.window else None,
+        causal=cfg.structure == "decoder",
+    )
+
+
+class SingleStack(Assembly):
+    """Encoder, decoder, prefix-LM and permuted-LM: they differ in the batch's ranks.
+
+    A batch is {"main": stream} as in `t5x_lite/example.py`, with {"memory": stream}
+    before it for XLNet.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg)
+        self.inputs = Inputs(cfg)
+        self.stack = Stack(cfg, cfg.depth, cross=False)
+
+    def states(self, batch: dict, key=None) -> jax.Array:
+        """[B, (1+G)*T, D]: the stack's output for its own cells and query streams."""
+        stream, before, kept_LBMD = batch["main"], batch.get("memory"), None
+        if before is not None:
+            kept_LBMD = self.remember(before, layers.fold(key, 2))
+        ctx = context(self.cfg, stream, before)
+        x_BTE = self.embed(stream["tokens"])
+        x_BTD = self.inputs.with_streams(x_BTE, stream, layers.fold(key, 0))
+        y_BTD, _, _ = self.stack(x_BTD, ctx, layers.fold(key, 1), None, kept_LBMD)
+        return layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 3), along=1)
+
+    def remember(self, before: dict, key=None) -> jax.Array:
+        """Each layer's input at the tokens before, without gradient: [L, B, M, D]."""
+        x_BMD = self.inputs(self.embed(before["tokens"]), before, layers.fold(key, 0))
+        ctx = context(self.cfg, before)
+        _, _, kept_LBMD = self.stack(x_BMD, ctx, layers.fold(key, 1))
+        return jax.lax.stop_gradient(kept_LBMD)
+
+    def outputs(self, batch: dict, key=None) -> Outputs:
+        return self.read(self.states(batch, key), batch["main"])
+
+
+class EncoderDecoder(Assembly):
+    """T5 (Raffel et al. 2020) and its like: bidirectional encoder, causal decoder.
 
     A batch is {"encoder": stream, "decoder": stream} as in `t5x_lite/example.py`.
     """
 
     def __init__(self, cfg: ModelConfig):
-        self.cfg = cfg
-        V, D = cfg.vocab_size, cfg.d_model
-        self.embedding = layers.param((V, D), ("vocab", "embed"), layers.normal(1.0))
-        self.encoder = Stack(cfg, cfg.encoder_layers, decoder=False)
-        self.decoder = Stack(cfg, cfg.decoder_layers, decoder=True)
-        if not cfg.tie_embeddings:
-            self.head = layers.param((V, D), ("vocab", "embed"), layers.normal(D**-0.5))
-
-    def embed(self, tokens_BT, key=None):
-        # Gather the table's D first, as FSDP does with any weight: looked up with D
-        # sharded, GSPMD replicates the whole batch of activations instead.
-        table_VD = constrain(self.embedding[...], "vocab", "residual")
-        x_BTD = table_VD.astype(self.cfg.dtype)[tokens_BT]
-        x_BTD = constrain(x_BTD, "batch", "length", "residual")
-        return layers.dropout(x_BTD, self.cfg.dropout, key, along=1)
+        super().__init__(cfg)
+        self.encoder_inputs = Inputs(cfg, streams=0)
+        self.decoder_inputs = Inputs(cfg)
+        self.decoder = Stack(cfg, cfg.decoder_layers, cross=True)
+        if not cfg.share_stacks:
+            self.encoder = Stack(cfg, cfg.encoder_layers, cross=False)
 
     def encode(self, stream: dict, key=None) -> jax.Array:
         """Encoder output [B, S, D]."""
-        cells, S = Cells.of(stream), stream["tokens"].shape[1]
-        ctx = Context(visible(cells, cells), self.encoder.relative(S, S))
-        x_BSD = self.embed(stream["tokens"], layers.fold(key, 0))
-        x_BSD, _ = self.encoder(x_BSD, ctx, layers.fold(key, 1))
+        stack = self.decoder if self.cfg.share_stacks else self.encoder
+        x_BSE = self.embed(stream["tokens"])
+        x_BSD = self.encoder_inputs(x_BSE, stream, layers.fold(key, 0))
+        ctx = context(self.cfg, stream)
+        x_BSD, _, _ = stack(x_BSD, ctx, layers.fold(key, 1))
         return layers.dropout(x_BSD, self.cfg.dropout, layers.fold(key, 2), along=1)
 
     def decode(self, stream: dict, memory_BSD, memory_cells: Cells, key=None):
-        """Decoder output [B, T, D], scaled so that `y @ output_kernel.T` are logits."""
-        cells, T = Cells.of(stream), stream["tokens"].shape[1]
-        ctx = Context(
-            visible(cells, cells),
-            self.decoder.relative(T, T),
-            memory_BSD,
-            visible(cells, memory_cells),
+        """Decoder output [B, (1+G)*T, D]."""
+        cells, G = Cells.of(stream), self.cfg.query_streams
+        queries = Cells(*(jnp.concatenate([c] * (1 + G), axis=1) for c in cells))
+        # Cross-attention asks for the segment only: every token of it has rank 0.
+        queries = queries._replace(ranks_BT=jnp.maximum(queries.ranks_BT, 0))
+        ctx = context(self.cfg, stream)._replace(
+            memory_BSD=memory_BSD,
+            memory_visible_BTS=visible(queries, memory_cells),
+            causal=True,
         )
-        x_BTD = self.embed(stream["tokens"], layers.fold(key, 0))
-        y_BTD, _ = self.decoder(x_BTD, ctx, layers.fold(key, 1))
-        y_BTD = layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 2), along=1)
-        return self.rescale(y_BTD)
+        x_BTE = self.embed(stream["tokens"])
+        x_BTD = self.decoder_inputs.with_streams(x_BTE, stream, layers.fold(key, 0))
+        y_BTD, _, _ = self.decoder(x_BTD, ctx, layers.fold(key, 1))
+        return layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 2), along=1)
 
-    def rescale(self, y_BTD):
-        """Tied embeddings have unit variance: T5 v1.0 scales before the logits."""
-        return y_BTD * self.cfg.d_model**-0.5 if self.cfg.tie_embeddings else y_BTD
-
-    @property
-    def output_kernel(self) -> jax.Array:
-        """[V, D]"""
-        return self.embedding[...] if self.cfg.tie_embeddings else self.head[...]
-
-    def hidden(self, batch: dict, key=None) -> jax.Array:
-        """Output [B, T, D] of the trained stream; `key` None: no dropout."""
+    def outputs(self, batch: dict, key=None) -> Outputs:
         memory_BSD = self.encode(batch["encoder"], layers.fold(key, 0))
-        memory_cells = Cells.of(batch["encoder"])
-        return self.decode(
-            batch["decoder"], memory_BSD, memory_cells, layers.fold(key, 1)
-        )
-
-    def logits(self, y_BTD) -> jax.Array:
-        """float32 [B, T, V]; only for small V or T (training uses `losses`)."""
-        kernel_VD = self.output_kernel.astype(y_BTD.dtype)
-        return jnp.einsum(
-            "BTD,VD->BTV", y_BTD, kernel_VD, preferred_element_type=jnp.float32
-        )
+        cells = Cells.of(batch["encoder"])
+        y_BTD = self.decode(batch["decoder"], memory_BSD, cells, layers.fold(key, 1))
+        return self.read(y_BTD, batch["decoder"])
 
 
-ASSEMBLIES = {"encoder_decoder": EncoderDecoder}
-TRAINED_STREAM = {"encoder_decoder": "decoder"}
+ASSEMBLIES = {
+    "encoder": SingleStack,
+    "decoder": SingleStack,
+    "encoder_decoder": EncoderDecoder,
+    "prefix_lm": SingleStack,
+    "permuted": SingleStack,
+}
 
 
-def build(cfg: ModelConfig) -> EncoderDecoder:
+def trained_stream(cfg: ModelConfig) -> str:
+    """The stream of a batch that holds the targets."""
+    return "decoder" if cfg.structure == "encoder_decoder" else "main"
+
+
+def build(cfg: ModelConfig) -> Any:
     """The model of a config; allocates nothing."""
+    if cfg.generator_width:
+        from t5x_lite import electra  # it is built of this module's parts
+
+        return electra.Electra(cfg)
     return ASSEMBLIES[cfg.structure](cfg)
 
 
 def bind(model: nnx.Module, params: dict) -> Any:
-    """The model with `params` (nested dict of arrays, see `layers.declared`)."""
+    """The model with `params` (nested dict of arrays, see `parameters.declared`)."""
     graph, _ = nnx.split(model)
     return nnx.merge(graph, params)
 
 
 def parameter_count(model: nnx.Module) -> int:
     """Number of parameters, from shapes alone."""
-    return sum(p.get_value().size for p in layers.declared(model).values())
+    return sum(p.get_value().size for p in declared(model).values())

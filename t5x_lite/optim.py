@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from t5x_lite import layers
+from t5x_lite import parameters
 from t5x_lite.config import Config, OptimConfig
 
 
@@ -94,7 +94,7 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
     2019), for Adafactor too. A learning-rate multiplier of 0 freezes a parameter: no
     update, no optimizer state, no share in the gradient norm.
     """
-    o, params = cfg.optim, layers.declared(model)
+    o, params = cfg.optim, parameters.declared(model)
     rate = table("config.optim.lr_rules", o.lr_rules, params)
     decay = table("config.optim.decay_rules", o.decay_rules, params)
     frozen = {name for name in params if rate[name] == 0.0}
@@ -185,7 +185,7 @@ def per_matrix(tx: optax.GradientTransformation, model: nnx.Module):
     dimensions and take RMS norms over all layers at once; T5's works on the [D, N*H]
     matrix of one layer. Scanned and unrolled layers so train alike.
     """
-    views = {name: view(p) for name, p in layers.declared(model).items()}
+    views = {name: view(p) for name, p in parameters.declared(model).items()}
 
     def init(params):
         def one(path, p: Any):
@@ -223,7 +223,7 @@ def state_axes(path, leaf, params: dict[str, nnx.Param]) -> tuple:
     Args:
       path: of the leaf in the state; its dict keys spell the parameter's name.
       leaf: anything with a shape.
-      params: `layers.declared(model)`.
+      params: `parameters.declared(model)`.
     """
     # optax.partition (frozen parameters) keeps the chain's state under 'trained'.
     p = params.get(name_of(path).removeprefix("trained/"))

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
-from t5x_lite import __version__, layers, metrics, state
+from t5x_lite import __version__, metrics, parameters, state
 from t5x_lite.config import Config
 
 PACKAGES = (
@@ -56,35 +56,38 @@ def versions() -> dict[str, str]:
     return found
 
 
-def summary(cfg: Config, model: nnx.Module, abstract_state: dict, lengths) -> str:
+def summary(cfg: Config, model: nnx.Module, abstract_state: dict, shapes) -> str:
     """Parameters with shapes and shardings, FLOPs, packages and devices as text.
 
     Args:
-      lengths: (inputs, targets) tokens of one example.
+      shapes: of the streams, as in `metrics.forward_flops`.
     """
-    params = layers.declared(model)
+    params = parameters.declared(model)
     flat = jax.tree.leaves(abstract_state["params"])
     specs = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.spec
         for path, leaf in jax.tree.leaves_with_path(abstract_state["params"])
     }
     count = sum(leaf.size for leaf in flat)
-    per_example = metrics.forward_flops(cfg.model, *lengths)
+    per_example = metrics.forward_flops(cfg.model, shapes)
     per_step = 3 * per_example * cfg.data.batch_size
     width = max(map(len, params))
     lines = [
         f"{'parameter':{width}}  {'shape':22} {'axes':34} mesh axes",
         *(
             f"{name:{width}}  {p.get_value().shape!s:22} "
-            f"{', '.join(p.get_metadata()['axes']):34} {tuple(specs[name])}"
+            f"{', '.join(map(str, p.get_metadata()['axes'])):34} {tuple(specs[name])}"
             for name, p in params.items()
         ),
         "",
         f"parameters        {count:,}",
         f"state             {state.size_bytes(abstract_state) / 2**20:,.1f} MiB "
         "(parameters and optimizer, all devices)",
-        f"tokens per step   {cfg.data.batch_size * sum(lengths):,} "
-        f"({cfg.data.batch_size} x ({lengths[0]} inputs + {lengths[1]} targets))",
+        f"batch             {cfg.data.batch_size} x "
+        + ", ".join(
+            f"{name}: {T} cells, {K} predicted" + (f", {G} query streams" if G else "")
+            for name, (T, K, G) in shapes.items()
+        ),
         f"FLOPs per step    {per_step:.4e} (matrix products, forward x 3)",
         f"mesh              {dict(cfg.sharding.__dict__, rules=None)} "
         f"over {jax.device_count()} device(s) in {jax.process_count()} process(es)",

@@ -63,6 +63,9 @@ class Setup:
             knobs=knobs,
             structure=cfg.model.structure,
             inputs_length=cfg.data.inputs_length,
+            memory_length=cfg.model.memory_length,
+            train_inputs=cfg.data.train_inputs,
+            static_noise=cfg.data.static_noise,
             batch_size=cfg.data.batch_size,
             seed=cfg.seed,
             host_index=jax.process_index(),
@@ -77,6 +80,7 @@ class Setup:
                 raise ValueError(f"{key}={source!r}: {e}") from e
 
         train = batches("config.data.train", cfg.data.train, False)
+        check_fit(cfg, train)
         heldout = batches("config.data.heldout", cfg.data.heldout, True)
         return cls(cfg, words, train, heldout, mesh, net, tx, abstract, rows)
 
@@ -86,13 +90,9 @@ class Setup:
         return jax.process_index() == 0
 
     @property
-    def lengths(self) -> tuple[int, int]:
-        """(inputs, targets) tokens of one example."""
-        return self.train_batches.inputs_length, self.train_batches.targets_length
-
-    @property
     def tokens_per_step(self) -> int:
-        return self.cfg.data.batch_size * sum(self.lengths)
+        cells = sum(T for T, _, _ in self.train_batches.shapes.values())
+        return self.cfg.data.batch_size * cells
 
     def say(self, text: str):
         if self.lead:
@@ -137,8 +137,9 @@ class Setup:
 
     def unigram_loss(self, tokens: int = 1_000_000) -> float:
         """Loss of the context-free guess on the held-out targets, in nats per token."""
-        stream = model_lib.TRAINED_STREAM[self.cfg.model.structure]
-        per_batch = self.cfg.data.batch_size * self.lengths[1]
+        stream = model_lib.trained_stream(self.cfg.model)
+        _, predicted, _ = self.train_batches.shapes[stream]
+        per_batch = self.cfg.data.batch_size * predicted
         enough = math.ceil(tokens / per_batch)
         epoch = self.train_batches.examples_per_epoch // self.cfg.data.batch_size
 
@@ -150,6 +151,34 @@ class Setup:
             pairs(self.train_batches, range(max(1, min(enough, epoch)))),
             pairs(self.heldout_batches, self.heldout_steps()),
             self.vocab.size,
+        )
+
+
+def check_fit(cfg: config_lib.Config, batches: pipeline.Batches):
+    """Refuses an objective whose batches the model cannot read."""
+    name, model = cfg.objective["name"], cfg.model
+    T, _, streams = batches.shapes[model_lib.trained_stream(model)]
+    if streams != model.query_streams:
+        raise ValueError(
+            f"config.objective.name={name!r} fills {streams} query stream(s), but "
+            f"config.model.query_streams={model.query_streams}. Set it to {streams}."
+        )
+    if model.positions in ("learned", "sinusoidal", "prophetnet"):
+        longest = max(T for T, _, _ in batches.shapes.values())
+        longest += model.positions == "prophetnet"
+        if longest > model.max_positions:
+            raise ValueError(
+                f"config.model.max_positions={model.max_positions} is less than the "
+                f"{longest} tokens of a stream. Set it to {longest} or more, or lower "
+                "config.data.inputs_length."
+            )
+    labels = batches[0][model_lib.trained_stream(model)].get("labels")
+    if (labels is not None) != (model.classes > 0):
+        raise ValueError(
+            f"config.objective {dict(cfg.objective)} "
+            f"{'labels' if labels is not None else 'does not label'} whole examples, "
+            f"but config.model.classes={model.classes}. Set it to "
+            f"{0 if labels is None else '2, or 3 with sentence=three_way'}."
         )
 
 

@@ -8,19 +8,19 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from t5x_lite import layers, optim, sharding
+from t5x_lite import optim, parameters, sharding
 
 
 def init(model: nnx.Module, tx: optax.GradientTransformation, key) -> dict:
     """A fresh state; jit it with `out_shardings` so no host ever holds all of it."""
-    params = layers.init_params(model, key)
+    params = parameters.init_params(model, key)
     return {"params": params, "opt": tx.init(params), "step": jnp.zeros((), jnp.int32)}
 
 
 def abstract(model, tx, mesh: Mesh, rules: Mapping) -> dict:
     """The state as ShapeDtypeStructs with shardings; needs no device memory."""
     shapes = jax.eval_shape(lambda key: init(model, tx, key), jax.random.key(0))
-    params = layers.declared(model)
+    params = parameters.declared(model)
 
     def place(path, leaf):
         axes = optim.state_axes(path[1:], leaf, params)

@@ -1,5 +1,8 @@
 """The pure train and evaluation steps."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,35 +10,80 @@ from flax import nnx
 
 from t5x_lite import losses
 from t5x_lite.config import Config
-from t5x_lite.model import TRAINED_STREAM, bind
+from t5x_lite.model import Outputs, bind, build, trained_stream
 from t5x_lite.sharding import constrain
 
 
+def totals(batch: dict, cfg: Config) -> dict[str, jax.Array]:
+    """What each loss is divided by: its weight in the whole batch, known beforehand.
+
+    So microbatches and hosts cannot change a mean, and losses of different weights
+    (tokens and sentence pairs, say) add up in one backward pass.
+    """
+    stream = batch[trained_stream(cfg.model)]
+    found = {"tokens": jnp.sum(stream["weights"])}
+    if "labels" in stream:
+        found["classes"] = jnp.sum(row_weights(stream))
+    if cfg.model.generator_width:
+        found["replaced"] = jnp.sum(text_weights(stream))
+    return {name: jnp.maximum(total, 1.0) for name, total in found.items()}
+
+
+def row_weights(stream: dict) -> jax.Array:
+    """float32 [B]: 0 for rows that only fill up a batch."""
+    return (jnp.sum(stream["weights"], axis=1) > 0).astype(jnp.float32)
+
+
+def text_weights(stream: dict) -> jax.Array:
+    """float32 [B, T]: 1 for every token of a row that counts."""
+    text_BT = (stream["segments"] > 0).astype(jnp.float32)
+    return text_BT * row_weights(stream)[:, None]
+
+
 def batch_sums(
-    model: nnx.Module, params, batch, cfg: Config, used_ids: int, key=None
-) -> losses.Sums:
-    """Loss sums of one batch; parameters are cast once to the compute dtype.
+    model: nnx.Module, params, batch, cfg: Config, used_ids: int, whole=None, key=None
+) -> tuple[jax.Array, dict[str, losses.Sums]]:
+    """-> (what is minimised, loss sums by name); parameters are cast once.
 
     Args:
       used_ids: vocabulary size; the model may have more (padded) rows.
+      whole: `totals` of the batch that this is a part of; None = of this one.
       key: of dropout; None = no dropout.
     """
     cast = jax.tree.map(lambda p: p.astype(cfg.model.dtype), params)
     bound = bind(model, cast)
-    y_BTD = bound.hidden(batch, key)
-    stream = batch[TRAINED_STREAM[cfg.model.structure]]
-    B, T, _ = y_BTD.shape
-    ways = max(1, cfg.sharding.data) * max(1, cfg.sharding.fsdp)
-    V = cfg.model.vocab_size
-    return losses.cross_entropy(
-        y_BTD,
-        bound.output_kernel,
-        stream["targets"],
-        stream["weights"],
-        cfg.loss.z_loss,
-        used_ids,
-        losses.chunk_length(cfg.loss.chunk, -(-B // ways), T, V),
-    )
+    stream = batch[trained_stream(cfg.model)]
+    whole = totals(batch, cfg) if whole is None else whole
+
+    def over_vocabulary(assembly, out: Outputs) -> losses.Sums:
+        B, K, _ = out.cells_BKE.shape
+        ways = max(1, cfg.sharding.data) * max(1, cfg.sharding.fsdp)
+        V = cfg.model.vocab_size
+        return losses.cross_entropy(
+            out.cells_BKE,
+            assembly.output_kernel,
+            stream["targets"],
+            stream["weights"],
+            cfg.loss.z_loss,
+            used_ids,
+            losses.chunk_length(cfg.loss.chunk, -(-B // ways), K, V),
+            assembly.output_bias,
+        )
+
+    if cfg.model.generator_width:
+        sums = bound.sums(batch, over_vocabulary, text_weights(stream), used_ids, key)
+    else:
+        out = bound.outputs(batch, key)
+        sums = {"tokens": over_vocabulary(bound, out)}
+        if out.classes_BC is not None:
+            rows_B = row_weights(stream)
+            logits_BC, labels_B = out.classes_BC, stream["labels"]
+            sums["classes"] = losses.classification(logits_BC, labels_B, rows_B)
+    objective = jnp.zeros((), jnp.float32)
+    for name, each in sums.items():
+        factor = cfg.loss.replaced_weight if name == "replaced" else 1.0
+        objective += factor * each.objective / whole[name]
+    return objective, sums
 
 
 def make_train_step(
@@ -43,14 +91,12 @@ def make_train_step(
 ):
     """-> train_step(state, batch) -> (state, metrics); jit it with donated state.
 
-    Gradients are of the summed objective, divided once by the summed weight, so that
-    microbatches and hosts cannot change the mean. Dropout depends on (seed, step).
+    Dropout depends on (seed, step).
     """
 
-    def sums_and_grads(params, batch, key):
+    def sums_and_grads(params, batch, key, whole):
         def objective(params):
-            sums = batch_sums(model, params, batch, cfg, used_ids, key)
-            return sums.objective, sums
+            return batch_sums(model, params, batch, cfg, used_ids, whole, key)
 
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return sums, grads
@@ -58,14 +104,16 @@ def make_train_step(
     def train_step(state, batch):
         batch = dict(batch)
         fingerprint = jnp.sum(batch.pop("fingerprint"), dtype=jnp.uint32)
-        key = None
-        if cfg.model.dropout:
+        key, whole = None, totals(batch, cfg)
+        if cfg.model.dropout or cfg.model.generator_width:
             key = jax.random.fold_in(jax.random.key(cfg.seed), state["step"])
         sums, grads = accumulate(
-            sums_and_grads, state["params"], batch, key, cfg.optim.microbatches
+            functools.partial(sums_and_grads, whole=whole),
+            state["params"],
+            batch,
+            key,
+            cfg.optim.microbatches,
         )
-        weight = jnp.maximum(sums.weight, 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics = {
@@ -104,10 +152,15 @@ def accumulate(sums_and_grads, params, batch, key, microbatches: int):
 
 
 def make_eval_step(model: nnx.Module, cfg: Config, used_ids: int):
-    """-> eval_step(params, batch) -> Sums, without dropout."""
+    """-> eval_step(params, batch) -> sums by name, without dropout."""
+
+    still = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=0.0))
+    model = build(still.model)
 
     def eval_step(params, batch):
         batch = {k: v for k, v in batch.items() if k != "fingerprint"}
-        return batch_sums(model, params, batch, cfg, used_ids)
+        # ELECTRA's generator samples, the same way in every evaluation.
+        key = jax.random.key(cfg.seed) if cfg.model.generator_width else None
+        return batch_sums(model, params, batch, still, used_ids, None, key)[1]
 
     return eval_step

@@ -201,7 +201,7 @@ class StepLog:
         host = jax.device_get(step_metrics)
         seconds = time.perf_counter() - self.clock
         self.restart_clock()
-        sums = host["sums"]
+        sums, others = host["sums"]["tokens"], evaluate.others(host["sums"])
         weight = max(float(sums.weight), 1.0)
         loss = float(sums.nll) / weight
         norm = float(host["grad_norm"])
@@ -221,6 +221,7 @@ class StepLog:
                 loss=loss,
                 z_loss=float(sums.z) / weight,
                 accuracy=float(sums.correct) / weight,
+                **others,
                 grad_norm=norm,
                 learning_rate=float(np.asarray(self.rate(now - 1))),
                 tokens_per_second=speed,
@@ -243,7 +244,9 @@ def write_files(setup: run.Setup, workdir: pathlib.Path):
     replace(workdir / "config.json", json.dumps(about, indent=2) + "\n")
     replace(
         workdir / "summary.txt",
-        report.summary(setup.cfg, setup.model, setup.abstract_state, setup.lengths),
+        report.summary(
+            setup.cfg, setup.model, setup.abstract_state, setup.train_batches.shapes
+        ),
     )
 
 

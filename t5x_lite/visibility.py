@@ -40,3 +40,29 @@ def visible(query: Cells, key: Cells, *, gap: int = 0, window: int = 0) -> jax.A
         distance = query.positions_BT[:, :, None] - key.positions_BT[:, None, :]
         seen &= distance < window
     return jnp.asarray(seen)
+
+
+def visible_to_streams(
+    cells: Cells, keys: Cells, ranks_BGT, groups_BGT=None, *, window: int = 0
+) -> jax.Array:
+    """bool [B, (1+G)*T, S]: the stack's own T cells, then G query streams.
+
+    A query cell sees `keys` (the stack's cells, or memory and these) by its own rank.
+    With `groups_BGT` the G*T query cells are keys too, behind the others: a query cell
+    sees those of its group (> 0).
+    """
+    B, G, T = ranks_BGT.shape
+    again = [jnp.concatenate([c] * (1 + G), axis=1) for c in cells]
+    segments, ranks, positions = again
+    ranks = jnp.concatenate([cells.ranks_BT, ranks_BGT.reshape(B, G * T)], axis=1)
+    query = Cells(segments, ranks, positions)
+    seen = visible(query, keys, window=window)
+    if groups_BGT is None:
+        return seen
+    groups = jnp.concatenate(
+        [jnp.zeros((B, T), jnp.int32), groups_BGT.reshape(B, G * T)], axis=1
+    )
+    own = groups[:, :, None] == groups[:, None, T:]
+    own &= (groups[:, :, None] > 0) & (segments[:, None, T:] > 0)
+    own &= segments[:, :, None] == segments[:, None, T:]
+    return jnp.concatenate([seen, own], axis=2)

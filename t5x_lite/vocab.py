@@ -7,6 +7,7 @@ says "<extra_id_0>" is not mistaken for one.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import itertools
@@ -22,6 +23,10 @@ import numpy as np
 import sentencepiece
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
+
+
+# What in-place objectives put into the text; UL2's three modes (Tay et al. 2022).
+MARKS = ("mask", "cls", "sep", "bos", "regular", "sequential", "extreme")
 
 
 class Vocab:
@@ -57,6 +62,37 @@ class Vocab:
                 f"{self.sentinels - 1}). Load it with more sentinels."
             )
         return self.size - 1 - i
+
+    def special(self, name: str) -> int:
+        """Id of a mark of `MARKS`: the last sentinels, <extra_id_99> downward.
+
+        So any vocabulary with sentinels serves all structures without another file.
+
+        Raises:
+            ValueError: too few sentinels to lend one.
+        """
+        i = self.sentinels - 1 - MARKS.index(name)
+        if i < 0:
+            raise ValueError(
+                f"the mark [{name}] needs at least {MARKS.index(name) + 1} sentinels; "
+                f"vocabulary {self.spec!r} has {self.sentinels}. Set "
+                "config.data.sentinels=100."
+            )
+        return int(self.sentinel(i))
+
+    @property
+    def mask_id(self) -> int:
+        return self.special("mask")
+
+    @functools.cached_property
+    def ordinary(self) -> np.ndarray:
+        """int32 ids of pieces of text: no pad, EOS, unknown, sentinel."""
+        ids = np.arange(self.size - self.sentinels, dtype=np.int32)
+        return ids[~np.isin(ids, (self.pad_id, self.eos_id, self.unk_id))]
+
+    def starts_word(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """bool [B, T]: where a word begins; a mark or EOS is a word of its own."""
+        raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 [T]; no EOS."""
@@ -108,6 +144,15 @@ class ByteVocab(Vocab):
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) + 3 for t in texts]
 
+    def starts_word(self, tokens_BT: np.ndarray) -> np.ndarray:
+        text_BT = (tokens_BT >= 3) & (tokens_BT < 259)
+        space_BT = np.isin(tokens_BT, np.frombuffer(b" \n\t\r", np.uint8) + 3)
+        starts_BT = ~text_BT
+        starts_BT[:, 0] = True
+        # A space belongs to the word that follows, as in SentencePiece.
+        starts_BT[:, 1:] |= ~text_BT[:, :-1] | (space_BT[:, 1:] & ~space_BT[:, :-1])
+        return starts_BT
+
     def _decode_run(self, ids: list[int], at_start: bool) -> str:
         # A model may write half a character: show it as U+FFFD instead of failing.
         return bytes(i - 3 for i in ids if i >= 3).decode(errors="replace")
@@ -145,6 +190,17 @@ class SentencePieceVocab(Vocab):
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return self._model.encode(texts, return_type="numpy")
+
+    def starts_word(self, tokens_BT: np.ndarray) -> np.ndarray:
+        return self._starts_V[tokens_BT]
+
+    @functools.cached_property
+    def _starts_V(self) -> np.ndarray:
+        """bool by id: pieces that begin with a space, and all that are no text."""
+        starts = np.ones(self.size, bool)
+        for i in self.ordinary[self.ordinary < self._model.get_piece_size()]:
+            starts[i] = self._piece(int(i)).startswith("\u2581")
+        return starts
 
     def _piece(self, i: int) -> str:
         return self._model.id_to_piece(i)

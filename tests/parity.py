@@ -39,7 +39,7 @@ def logits(cfg: ModelConfig, params: dict, batch: dict) -> np.ndarray:
     @jax.jit
     def forward(params):
         bound = model_lib.bind(model, params)
-        return bound.logits(bound.hidden(ours))
+        return bound.logits(bound.outputs(ours).cells_BKE)
 
     return np.asarray(forward(params))
 
@@ -53,8 +53,8 @@ def grads(cfg: ModelConfig, params: dict, batch: dict, z_loss: float, chunk: int
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     @functools.partial(jax.grad, has_aux=True)
     def of_mean(params):
-        sums = step.batch_sums(model, params, ours, config, cfg.vocab_size)
-        return sums.objective / sums.weight, sums.nll / sums.weight
+        mean, sums = step.batch_sums(model, params, ours, config, cfg.vocab_size)
+        return mean, sums["tokens"].nll / sums["tokens"].weight
 
     grads, loss = of_mean(params)
     return float(loss), t5.to_hf(jax.tree.map(np.asarray, grads), cfg)

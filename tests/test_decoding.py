@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import decoding, generate, layers, model, vocab
+from t5x_lite import decoding, generate, model, parameters, vocab
 from t5x_lite.visibility import Cells
 from tests import tiny
 
@@ -20,7 +20,7 @@ B, S, T, USED, EOS = 3, 10, 12, 100, 1
 def make(**changes):
     cfg = dataclasses.replace(tiny.tiny_config().model, **changes)
     net = model.build(cfg)
-    return net, layers.init_params(net, jax.random.key(0))
+    return net, parameters.init_params(net, jax.random.key(0))
 
 
 def ragged(rng, lengths=(10, 4, 7)) -> dict:
@@ -46,7 +46,7 @@ def forced_logits(net, params, encoder: dict, tokens_BT) -> np.ndarray:
     @jax.jit
     def forward(params, batch):
         bound: Any = model.bind(net, params)
-        return bound.logits(bound.hidden(batch))
+        return bound.logits(bound.outputs(batch).cells_BKE)
 
     return np.asarray(forward(params, {"encoder": encoder, "decoder": decoder}))
 
@@ -120,8 +120,9 @@ def test_rows_do_not_depend_on_padding_or_their_neighbours():
 def test_padded_ids_are_never_written():
     net, params = make()
     # Make the padded ids by far the most likely ones.
-    head = params["head"].at[USED:].set(50.0 * params["head"][:28])
-    params = params | {"head": head}
+    head = params["output"]["kernel"]
+    head = head.at[USED:].set(50.0 * head[:28])
+    params = params | {"output": {"kernel": head}}
     encoder = ragged(np.random.default_rng(3))
     for temperature in (0.0, 1.0):
         tokens_BT, _ = decoding.generate(

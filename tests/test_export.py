@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import checkpoint, export, layers, model
+from t5x_lite import checkpoint, export, model, parameters
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_numpy_alone_gives_the_parameters_back(workdir, tmp_path, layout, capsys
         assert stored[query.format("01/")].shape == (32, 4, 16)
     cfg, net, params, step, _ = checkpoint.load_run(workdir)
     want, got = export.flatten(params), export.restack(stored)
-    assert list(want) == list(got) == sorted(layers.declared(net))
+    assert list(want) == list(got) == sorted(parameters.declared(net))
     for name in want:
         np.testing.assert_array_equal(want[name], got[name])
     about = json.loads((out / "config.json").read_text())
@@ -67,7 +67,7 @@ def test_load_gives_a_model_that_computes(workdir, tmp_path):
 def test_float16_is_compared_with_the_rounded_checkpoint(workdir, tmp_path, capsys):
     run(workdir, tmp_path / "out", "--dtype=float16", "--verify")
     assert "bit-equal" in capsys.readouterr().out
-    assert export.read(tmp_path / "out")[0]["head"].dtype == np.float16
+    assert export.read(tmp_path / "out")[0]["output/kernel"].dtype == np.float16
 
 
 def corrupt_bytes(path):
@@ -97,7 +97,7 @@ def lose_a_layer(path):
 def lose_an_array(path):
     with np.load(path) as archive:
         arrays = dict(archive)
-    del arrays["head"]
+    del arrays["output/kernel"]
     np.savez(path, **arrays)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from t5x_lite import layers, model, optim
+from t5x_lite import model, optim, parameters
 from tests.tiny import tiny_config
 
 
@@ -65,8 +65,8 @@ def setup(**values) -> Any:
         optim=dict(learning_rate=0.1, schedule="constant", warmup_steps=0) | values,
     )
     net = model.build(cfg.model)
-    params = layers.init_params(net, jax.random.key(0))
-    grads = layers.init_params(net, jax.random.key(1))
+    params = parameters.init_params(net, jax.random.key(0))
+    grads = parameters.init_params(net, jax.random.key(1))
     return optim.make(cfg, net), params, grads
 
 

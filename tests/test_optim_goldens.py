@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from t5x_lite import layers, optim
+from t5x_lite import layers, optim, parameters
 from t5x_lite.config import Config, ModelConfig, OptimConfig
 from tests import parity
 
@@ -49,7 +49,7 @@ class Block(nnx.Module):
     def __init__(self, shapes: dict):
         for name in ("query", "out"):
             shape = shapes[f"blocks/{name}"][1:]
-            setattr(self, name, layers.param(shape, AXES[name], layers.ones))
+            setattr(self, name, parameters.param(shape, AXES[name], layers.ones))
         norm = shapes["blocks/norm/scale"][1]
         self.norm = layers.RMSNorm(ModelConfig(d_model=norm))
 
@@ -59,9 +59,9 @@ class Matrices(nnx.Module):
 
     def __init__(self, shapes: dict):
         for name in ("wide", "tall"):
-            setattr(self, name, layers.param(shapes[name], AXES[name], layers.ones))
+            setattr(self, name, parameters.param(shapes[name], AXES[name], layers.ones))
         self.norm = layers.RMSNorm(ModelConfig(d_model=shapes["norm/scale"][0]))
-        self.blocks = layers.stacked(Block(shapes), shapes["blocks/query"][0])
+        self.blocks = parameters.stacked(Block(shapes), shapes["blocks/query"][0])
 
 
 def nested(flat: dict) -> dict:
@@ -79,7 +79,7 @@ def test_updates_are_the_reference(name):
             golden.setdefault(section, {})[parameter] = file[key]
     start = {k: (v / GRID).astype(np.float32) for k, v in golden["start"].items()}
     model = Matrices({k: v.shape for k, v in start.items()})
-    assert set(layers.declared(model)) == set(start)
+    assert set(parameters.declared(model)) == set(start)
 
     tx = optim.make(Config(optim=OPTIMIZERS[name]), model)
     params = nested(start)

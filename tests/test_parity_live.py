@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import layers
 from t5x_lite import model as model_lib
+from t5x_lite import parameters
 from t5x_lite.interop import t5
 from tests import parity
 
@@ -58,7 +58,7 @@ def test_their_weights_in_our_model(reference, name, case):
 def test_our_weights_in_their_model(reference, name):
     rng = np.random.default_rng(SEED)
     cfg = draw_config(reference, name, rng)
-    drawn = layers.init_params(model_lib.build(cfg), jax.random.key(SEED))
+    drawn = parameters.init_params(model_lib.build(cfg), jax.random.key(SEED))
     params = jax.tree.map(np.asarray, drawn)
     theirs = reference.build(cfg, rng)
     state = {

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import layers
 from t5x_lite import model as model_lib
+from t5x_lite import parameters, positions
 from t5x_lite.config import ATTENTION, REMAT, ModelConfig
 from t5x_lite.interop import t5
 from tests import parity
@@ -75,7 +75,7 @@ def test_names_and_shapes_are_those_of_the_model(name):
     cfg, weights, _ = golden(name)
     params = t5.from_hf(weights, cfg)
     shapes = jax.eval_shape(
-        lambda key: layers.init_params(model_lib.build(cfg), key), jax.random.key(0)
+        lambda key: parameters.init_params(model_lib.build(cfg), key), jax.random.key(0)
     )
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, shapes)
 
@@ -142,5 +142,5 @@ BUCKETS = dict(np.load(parity.GOLDENS / "buckets.npz", allow_pickle=False))
 def test_relative_buckets_are_the_reference(case):
     direction, count, far = case.split("_")
     cfg = ModelConfig(relative_buckets=int(count), relative_max_distance=int(far))
-    ours = layers.relative_bucket(BUCKETS["distances"], cfg, direction == "both")
+    ours = positions.relative_bucket(BUCKETS["distances"], cfg, direction == "both")
     np.testing.assert_array_equal(ours, BUCKETS[case])

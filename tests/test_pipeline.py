@@ -11,6 +11,7 @@ import pytest
 
 from t5x_lite import example, layouts
 from t5x_lite import vocab as vocabularies
+from t5x_lite.data import order as orders
 from t5x_lite.data import pipeline
 from t5x_lite.data.store import open_store
 from t5x_lite.objectives import OBJECTIVES
@@ -56,7 +57,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize(("n_tokens", "window"), [(1003, 10), (7, 7), (29, 10)])
 def test_each_epoch_takes_each_window_once(n_tokens, window):
-    order = pipeline.Order(n_tokens, window, seed=5)
+    order = orders.Order(n_tokens, window, seed=5)
     n = order.windows_per_epoch
     assert n == n_tokens // window
     for epoch in range(3):
@@ -69,23 +70,23 @@ def test_each_epoch_takes_each_window_once(n_tokens, window):
 
 def test_a_large_epoch_is_a_permutation_too():
     n = 2**16 + 123
-    shuffled = pipeline._shuffled(n, 9, 0, n)
+    shuffled = orders._shuffled(n, 9, 0, n)
     np.testing.assert_array_equal(np.sort(shuffled), np.arange(n))
     assert abs(np.corrcoef(shuffled, np.arange(n))[0, 1]) < 0.02
-    part = pipeline._shuffled(n, 9, 1000, 50)
+    part = orders._shuffled(n, 9, 1000, 50)
     np.testing.assert_array_equal(part, shuffled[1000:1050])
 
 
 def test_order_is_random_access_across_epochs():
-    order = pipeline.Order(1003, 10, seed=5)
+    order = orders.Order(1003, 10, seed=5)
     whole = order.starts(0, 450)
     for first, count in [(0, 1), (99, 2), (50, 300), (449, 1)]:
-        part = pipeline.Order(1003, 10, seed=5).starts(first, count)
+        part = orders.Order(1003, 10, seed=5).starts(first, count)
         np.testing.assert_array_equal(part, whole[first : first + count])
 
 
 def test_epochs_and_seeds_differ_in_order_and_in_windows():
-    order, other = pipeline.Order(100_000, 10, 0), pipeline.Order(100_000, 10, 1)
+    order, other = orders.Order(100_000, 10, 0), orders.Order(100_000, 10, 1)
     epochs = [order.starts(0, 10_000), order.starts(10_000, 10_000)]
     epochs.append(other.starts(0, 10_000))
     assert len({int(starts[0]) % 10 + 10 * i for i, starts in enumerate(epochs)}) == 3
@@ -101,8 +102,8 @@ def test_epochs_and_seeds_differ_in_order_and_in_windows():
 
 def test_lengths_and_contract(store):
     batches = make(store, inputs_length=512)
-    lengths = (batches.raw_length, batches.inputs_length, batches.targets_length)
-    assert lengths == (568, 512, 114)
+    lengths = (batches.raw_length, *batches.shapes.values())
+    assert lengths == (568, (512, 0, 0), (114, 114, 0))
     batch = batches[0]
     example.check(batch, VOCAB.size)
     assert batch["encoder"]["tokens"].shape == (8, 512)
@@ -244,7 +245,7 @@ REFUSED = [
     ({"batch_size": 0}, "positive multiple of 1"),
     ({"host_count": 2, "host_index": 2}, r"host_index=2: allowed is \[0, 2\)"),
     ({"objective": "span"}, "objective='span' is unknown. Allowed"),
-    ({"structure": "encoder"}, "trains .'encoder_decoder'., but structure='encoder'"),
+    ({"objective": "mass", "knobs": {}, "structure": "encoder"}, "trains .'encoder_decoder'., but structure='encoder'"),
     ({"knobs": {"densty": 0.1}}, "knobs .'densty'.*unexpected keyword"),
     ({"knobs": {"density": 2.0}}, "density=2.0"),
     ({"inputs_length": 4000}, "makes 222 spans.*has 100 sentinels"),

@@ -5,90 +5,19 @@ examples [s * batch_size, (s + 1) * batch_size), of which a host takes its slice
 state is kept, so seeking costs nothing and any number of hosts makes the same batches.
 """
 
-import functools
 import zlib
 from collections.abc import Generator
 from typing import Any, SupportsIndex
 
 import numpy as np
 
+from t5x_lite.data.order import Documents, Order
 from t5x_lite.data.store import TokenStore
-from t5x_lite.layouts import LAYOUTS
+from t5x_lite.example import STREAM, Example, Passages
+from t5x_lite.layouts import LAYOUTS, decoder_all, single
 from t5x_lite.objectives import OBJECTIVES
 from t5x_lite.objectives.draws import Draws
 from t5x_lite.vocab import Vocab
-
-
-class Order:
-    """Where example i starts: shuffled without replacement, anew in each epoch.
-
-    Epoch e = i // windows_per_epoch. The circular store is cut into windows from a
-    random offset of (seed, e) on, so the windows differ between epochs; fewer than
-    `window` tokens are left over. Seeking costs O(1) and memory is bounded.
-
-    Args:
-        n_tokens: tokens in the store.
-        window: tokens of a window.
-        seed: any integer.
-
-    Raises:
-        ValueError: the store is shorter than one window.
-    """
-
-    def __init__(self, n_tokens: int, window: int, seed: int):
-        _check_window(n_tokens, window)
-        self.n_tokens = n_tokens
-        self.window = window
-        self.seed = seed
-        self.windows_per_epoch = n_tokens // window
-        if self.windows_per_epoch >= 2**32:
-            raise ValueError(
-                f"{self.windows_per_epoch} windows of {window} tokens: at most 2**32 "
-                "can be shuffled. Use longer windows or several sources."
-            )
-
-    def epoch_of(self, example: int) -> int:
-        return example // self.windows_per_epoch
-
-    def starts(self, first_example: int, count: int) -> np.ndarray:
-        """First token of the windows of `count` examples: int64 [count]."""
-        starts = np.empty(count, np.int64)
-        done = 0
-        while done < count:
-            epoch, first = divmod(first_example + done, self.windows_per_epoch)
-            n = min(count - done, self.windows_per_epoch - first)
-            starts[done : done + n] = self._starts_in_epoch(epoch, first, n)
-            done += n
-        return starts
-
-    def _starts_in_epoch(self, epoch: int, first: int, count: int) -> np.ndarray:
-        entropy = np.random.SeedSequence((self.seed % 2**64, epoch))
-        shuffle_seed, *words = entropy.generate_state(3, np.uint32).tolist()
-        offset = (words[0] << 32 | words[1]) % self.n_tokens
-        windows = _shuffled(self.windows_per_epoch, shuffle_seed, first, count)
-        return (windows * self.window + offset) % self.n_tokens
-
-
-def _shuffled(n: int, seed: int, first: int, count: int) -> np.ndarray:
-    """Entries first .. first + count - 1 of a random permutation of n: int64 [count].
-
-    Grain's shuffle permutes 16 bits or more and walks on until it is below n: 4 us an
-    entry from 2**16 on, but 19 us at n = 2,000 and 2.3 ms at n = 11. Small n therefore
-    take NumPy's permutation, at most half a megabyte, kept while the epoch lasts.
-    """
-    if n < 2**16:
-        return _permutation(n, seed)[first : first + count]
-    from grain.experimental import index_shuffle
-
-    last = n - 1
-    entries = range(first, first + count)
-    shuffled = [index_shuffle(i, max_index=last, seed=seed, rounds=4) for i in entries]
-    return np.array(shuffled, np.int64)
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(n: int, seed: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(seed)).permutation(n)
 
 
 class Batches:
@@ -107,9 +36,13 @@ class Batches:
         host_count: number of hosts; divides batch_size.
         evaluation: go through the store once, in order, from its first token; the
             last batch is filled up with rows of weight 0.
+        memory_length: tokens before each example that become its memory stream.
+        train_inputs: a decoder is trained on the inputs of a pair too.
+        static_noise: a window is noised the same way in every epoch.
 
     Attributes:
-        raw_length, inputs_length, targets_length: tokens per example.
+        raw_length: tokens of the store per example.
+        shapes: stream name -> (T cells, K predicted cells, G query streams).
         examples_per_epoch: windows of the store.
 
     Raises:
@@ -130,6 +63,9 @@ class Batches:
         host_index: int = 0,
         host_count: int = 1,
         evaluation: bool = False,
+        memory_length: int = 0,
+        train_inputs: bool = False,
+        static_noise: bool = False,
     ):
         _check_names(objective, structure)
         if batch_size < 1 or batch_size % host_count:
@@ -142,23 +78,38 @@ class Batches:
         row = OBJECTIVES[objective]
         self._make, self._knobs = row.make, dict(knobs)
         self._layout = LAYOUTS[structure]
+        if train_inputs and structure == "decoder":
+            self._layout = decoder_all
         try:
             lengths = row.lengths(inputs_length, **knobs)
         except TypeError as error:
             raise ValueError(
                 f"objective {objective!r} was given the knobs {sorted(knobs)}: {error}."
             ) from error
-        self.raw_length, self.inputs_length, self.targets_length = lengths
+        self.raw_length = memory_length + lengths[0]
         self.store, self.vocab, self.seed = store, vocab, seed
         self.batch_size, self.evaluation = batch_size, evaluation
+        self.memory_length, self.static_noise = memory_length, static_noise
         self.host_batch_size = batch_size // host_count
         self._host_first = host_index * self.host_batch_size
-        self.order = Order(store.n_tokens, self.raw_length, seed)
+        self.documents = None
+        if row.source == "passages":
+            if memory_length or static_noise:
+                raise ValueError(
+                    f"objective {objective!r} reads whole documents: "
+                    "config.model.memory_length and config.data.static_noise do not go "
+                    "with it. Set them to 0 and False."
+                )
+            self.documents = Documents(store, lengths[0], seed, vocab.eos_id)
+            self.order = self.documents
+        else:
+            recut = not static_noise
+            self.order = Order(store.n_tokens, self.raw_length, seed, recut)
         self.examples_per_epoch = self.order.windows_per_epoch
         # Fails now, not at the first step, if the vocabulary has too few sentinels.
-        self._make(
-            np.zeros((1, self.raw_length), np.int32), Draws(0, 0, 1), vocab, **knobs
-        )
+        blank_1T = np.full((1, self.raw_length), int(vocab.ordinary[0]), np.int32)
+        streams = self._streams(blank_1T, Draws(0, 0, 1))
+        self.shapes = {name: _shape(stream) for name, stream in streams.items()}
 
     def __len__(self) -> int:
         """Batches of an evaluation; training has no end."""
@@ -175,19 +126,66 @@ class Batches:
         if step < 0 or (self.evaluation and step >= len(self)):
             raise IndexError(f"batches[{step}]: no such step.")
         first = step * self.batch_size + self._host_first
-        if self.evaluation:
-            examples_B = np.arange(first, first + self.host_batch_size)
-            starts_B = examples_B % self.examples_per_epoch * self.raw_length
+        B = self.host_batch_size
+        draws = Draws(self.seed, first, B)
+        examples_B = np.arange(first, first + B)
+        if self.documents is not None:
+            place_B2 = draws.uniform(2)
+            raw = self.documents.passages(examples_B, place_B2, not self.evaluation)
+            batch = self._streams(Passages(*raw), draws)
         else:
-            starts_B = self.order.starts(first, self.host_batch_size)
-        tokens_BT = self.store.windows(starts_B, self.raw_length)
-        draws = Draws(self.seed, first, self.host_batch_size)
-        pair = self._make(tokens_BT, draws, self.vocab, **self._knobs)
-        batch: dict[str, Any] = self._layout(pair, self.vocab)
+            if self.evaluation:
+                starts_B = examples_B % self.examples_per_epoch * self.raw_length
+            else:
+                starts_B = self.order.starts(first, B)
+            tokens_BT = self.store.windows(starts_B, self.raw_length)
+            if self.static_noise:
+                batch = self._static(tokens_BT, starts_B)
+            else:
+                batch = self._streams(tokens_BT, draws)
         batch["fingerprint"] = _fingerprints(batch, first)
         if self.evaluation:
             _weigh_rows(batch, self.examples_per_epoch - first)
         return batch
+
+    def _streams(self, raw, draws: Draws) -> dict[str, Any]:
+        """Raw tokens [B, raw_length] or Passages -> the streams of a batch."""
+        M, before = self.memory_length, {}
+        if M:
+            before = single(Example(raw[:, :M].astype(np.int32), *_NOTHING), self.vocab)
+            before = {
+                "memory": {k: v for k, v in before["main"].items() if k in STREAM}
+            }
+            before["memory"]["types"] = np.zeros_like(before["memory"]["tokens"])
+            raw = raw[:, M:]
+        made = self._make(raw, draws, self.vocab, **self._knobs)
+        lay = single if isinstance(made, Example) else self._layout
+        return lay(made, self.vocab) | before
+
+    def _static(self, tokens_BT: np.ndarray, starts_B: np.ndarray) -> dict[str, Any]:
+        """Noise by the place in the store instead of the example's index."""
+        rows = [
+            self._streams(row[None], Draws(self.seed, int(start), 1))
+            for row, start in zip(tokens_BT, starts_B, strict=True)
+        ]
+        return {
+            name: {k: np.concatenate([r[name][k] for r in rows]) for k in stream}
+            for name, stream in rows[0].items()
+        }
+
+
+# Targets and weights of a stream that is only read.
+_NOTHING = (np.zeros((1, 0), np.int32), np.zeros((1, 0), np.float32))
+
+
+def _shape(stream: dict[str, np.ndarray]) -> tuple[int, int, int]:
+    queries = stream.get("query_ranks")
+    predicted = stream["targets"].shape[1] if "targets" in stream else 0
+    return (
+        stream["tokens"].shape[1],
+        predicted,
+        0 if queries is None else queries.shape[1],
+    )
 
 
 class _Steps:
@@ -258,17 +256,10 @@ def _check_names(objective: str, structure: str) -> None:
         raise ValueError(
             f"objective={objective!r} is unknown. Allowed: {sorted(OBJECTIVES)}."
         )
-    fitting = OBJECTIVES[objective].structures & LAYOUTS.keys()
+    fitting = OBJECTIVES[objective].structures
     if structure not in fitting:
         raise ValueError(
             f"objective={objective!r} trains {sorted(fitting)}, but structure="
-            f"{structure!r}."
-        )
-
-
-def _check_window(n_tokens: int, window: int) -> None:
-    if n_tokens < window:
-        raise ValueError(
-            f"the corpus has {n_tokens} tokens, but one window needs {window}. Use "
-            "more text or a smaller inputs_length."
+            f"{structure!r}. Objectives for {structure!r}: "
+            f"{sorted(n for n, o in OBJECTIVES.items() if structure in o.structures)}."
         )

@@ -80,6 +80,15 @@ class TokenStore:
         places_BT = starts_B[:, None] + np.arange(length)
         return self._tokens.take(places_BT, mode="wrap").astype(np.int32)
 
+    def places_of(self, token: int) -> np.ndarray:
+        """Every place of a token, ascending: int64 [n]; reads the store once."""
+        step = 2**24
+        found = [
+            np.flatnonzero(self._tokens[at : at + step] == token) + at
+            for at in range(0, self.n_tokens, step)
+        ]
+        return np.concatenate(found)
+
 
 def open_store(
     source: str, vocab: Vocab, cache_dir: str | os.PathLike, *, progress: bool = True

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from t5x_lite import layers, model
+from t5x_lite import model, parameters
 from t5x_lite.config import ModelConfig
 
 # Ours -> (theirs, input axes). A linear weight is [inputs..., outputs...] here and
 # [outputs, inputs] there; 0 input axes: the same array. {i} is the layer.
-ENDS = {"embedding": ("shared.weight", 0), "head": ("lm_head.weight", 0)}
+ENDS = {"embedding": ("shared.weight", 0), "output/kernel": ("lm_head.weight", 0)}
 RELATIVE = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 STACK = {
     "norm/scale": ("final_layer_norm.weight", 0),
@@ -67,7 +67,7 @@ def names(cfg: ModelConfig) -> dict[str, tuple[list[str], int, tuple[int, ...]]]
     The shape is of one layer.
     """
     rows = {}
-    for ours, p in layers.declared(model.build(cfg)).items():
+    for ours, p in parameters.declared(model.build(cfg)).items():
         shape, (stack, _, rest) = p.get_value().shape, ours.partition("/")
         if ours in ENDS:
             theirs, inputs = ENDS[ours]

@@ -1,23 +1,28 @@
 """Attention of queries over keys and values: the reference, and one row at a time.
 
-Shapes: q_BTNH, k_BSNH, v_BSNH; visible_BTS bool; bias_1NTS float32 or None; keep_BN1S
-is the dropout mask of the weights, already divided by the rate that is kept, or None.
+Shapes: q_BTNH, k_BSNH, v_BSNH; visible_BTS bool; bias float32 [1 or B, N, T, S] or None
+(`rows`: 1 only); keep_BN1S is the dropout mask of the weights, already divided by the rate that is kept, or None.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def einsum(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias_1NTS, keep_BN1S):
-    """Softmax attention without scaling, softmax in float32 -> o_BTNH."""
+def einsum(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias, keep_BN1S, of_weights=None):
+    """Softmax attention without scaling, softmax in float32 -> o_BTNH.
+
+    `of_weights`: weights_BNTS -> what positions add to the output, or None.
+    """
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH).astype(jnp.float32)
-    if bias_1NTS is not None:
-        scores_BNTS = _add(scores_BNTS, bias_1NTS)
+    if bias is not None:
+        add = _add if len(bias) == 1 else jnp.add
+        scores_BNTS = jnp.asarray(add(scores_BNTS, bias))
     scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, -1e10)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
     if keep_BN1S is not None:
         weights_BNTS *= keep_BN1S
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+    o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+    return o_BTNH if of_weights is None else o_BTNH + of_weights(weights_BNTS)
 
 
 @jax.custom_vjp

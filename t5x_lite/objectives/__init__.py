@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from t5x_lite.objectives import denoising
+from t5x_lite.objectives import bart, denoising, pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,20 +11,46 @@ class Objective:
     """A row of the table.
 
     Attributes:
-        make: (tokens_BT int32, rng: Draws, vocab, **knobs) -> Pair.
+        make: (tokens_BT int32 or Passages, rng: Draws, vocab, **knobs) -> Pair or
+            Example.
         structures: the structures (layouts) that the objective can train.
         lengths: (inputs_length, **knobs) -> (raw, inputs, targets) lengths in tokens.
+        kind: what `make` returns: "pair" or "example".
+        loss: the loss that reads the batch.
+        source: what `make` gets: "tokens" (windows of the store) or "passages".
     """
 
     make: Callable
     structures: frozenset[str]
     lengths: Callable[..., tuple[int, int, int]]
+    kind: str = "pair"
+    loss: str = "tokens"
+    source: str = "tokens"
 
+
+# Text in, text out; those that keep what they hide also predict it in place.
+TEXT_TO_TEXT = frozenset({"encoder_decoder", "prefix_lm", "decoder"})
+ANY = TEXT_TO_TEXT | {"encoder", "permuted"}
+ENCODER_DECODER = frozenset({"encoder_decoder"})
 
 OBJECTIVES = {
     "span_corruption": Objective(
-        make=denoising.span_corruption,
-        structures=frozenset({"encoder_decoder"}),
-        lengths=denoising.span_corruption_lengths,
+        denoising.span_corruption, ANY, denoising.span_corruption_lengths
+    ),
+    "iid_denoising": Objective(
+        denoising.iid_denoising, ANY, denoising.iid_denoising_lengths
+    ),
+    "drop_tokens": Objective(
+        denoising.drop_tokens, TEXT_TO_TEXT, denoising.drop_tokens_lengths
+    ),
+    "ul2": Objective(pairs.ul2, TEXT_TO_TEXT, pairs.ul2_lengths),
+    "prefix_lm": Objective(pairs.prefix_lm, TEXT_TO_TEXT, pairs.prefix_lm_lengths),
+    "deshuffling": Objective(
+        pairs.deshuffling, TEXT_TO_TEXT, pairs.deshuffling_lengths
+    ),
+    "bart": Objective(bart.bart, TEXT_TO_TEXT, bart.bart_lengths),
+    "mass": Objective(pairs.mass, ENCODER_DECODER, pairs.mass_lengths),
+    "prophetnet": Objective(
+        pairs.prophetnet, ENCODER_DECODER, pairs.prophetnet_lengths
     ),
 }

@@ -135,7 +135,7 @@ def bench_batches(cache: str, steps: int, count: int) -> dict[str, float]:
         batch_size=BATCH,
         seed=0,
     )
-    assert (batches.raw_length, batches.targets_length) == (RAW, TARGETS)
+    assert (batches.raw_length, batches.shapes["decoder"][1]) == (RAW, TARGETS)
     tokens = store.windows(np.arange(0, store.n_tokens - RAW, RAW), RAW)
     rng = np.random.default_rng(0)
     # The collator's own loader hands it lists; arrays are its faster case.

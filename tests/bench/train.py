@@ -196,7 +196,13 @@ def main() -> None:
     seconds = measure(sides, args.rounds)
 
     tokens = BATCH * (INPUTS + TARGETS)
-    flops = 3 * BATCH * metrics.forward_flops(MODEL, INPUTS, TARGETS)
+    flops = (
+        3
+        * BATCH
+        * metrics.forward_flops(
+            MODEL, dict(encoder=(INPUTS, 0, 0), decoder=(TARGETS, TARGETS, 0))
+        )
+    )
     top = 2 * CEILING**3 / statistics.median(seconds.pop("ceiling"))
     print(
         f"\n{tokens} tokens and {flops:.3e} FLOPs a step (2mnk of every matrix "
