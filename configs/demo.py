@@ -35,4 +35,4 @@ def get_config(arg=""):
     c.optim.warmup_steps = 50
     c.optim.final_fraction = 0.05
     c.optim.clip_norm = 1.0
-    return base.smoke(c) if arg == "smoke" else c
+    return base.scaled(c, arg)

@@ -140,7 +140,7 @@ PRESETS |= {
     ),
     "structbert_base": _classic("encoder", *_BASE, **_BERT | dict(classes=3)),
     # UniLM: Dong et al. 2019; v2: Bao et al. 2020. ERNIE-GEN: Xiao et al. 2020.
-    "unilm_base": _classic("encoder", *_BASE, **_BERT | dict(vocab_size=28_996)),
+    "unilm_base": _classic("encoder", *_BASE, **_ELECTRA | dict(vocab_size=28_996)),
     "unilm_v2_base": _classic(
         "encoder", *_BASE, **_ELECTRA, positions="bias", query_streams=2
     ),

@@ -18,4 +18,4 @@ def get_config(arg=""):
     c.model.dtype = "bfloat16"
     c.data.vocab = "spiece.model"  # the published T5 vocabulary: 32,000 pieces
     c.data.batch_size = 128
-    return base.smoke(c) if arg == "smoke" else c
+    return base.scaled(c, arg)

@@ -91,7 +91,13 @@ def sample_sentences(source: str, count: int, seed: int) -> list[str]:
 
 
 def print_samples(setup: run.Setup, params, count: int = 4):
-    """Prints held-out sentences with gaps, what the model fills in, and the truth."""
+    """Prints held-out sentences with gaps, what the model fills in, and the truth.
+
+    Only for models that have learned to fill gaps: encoder-decoders with sentinels.
+    """
+    learned = setup.cfg.objective["name"] in ("span_corruption", "ul2")
+    if not learned or setup.cfg.model.structure != "encoder_decoder":
+        return
     rng = np.random.default_rng(setup.cfg.seed)
     texts = sample_sentences(setup.cfg.data.heldout, count, setup.cfg.seed)
     if not texts:

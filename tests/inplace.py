@@ -11,7 +11,6 @@ from t5x_lite import vocab as vocabularies
 from t5x_lite.example import Passages
 from t5x_lite.objectives.draws import Draws
 
-
 VOCABS = ("bytes", "data/vocab_4k.model")
 
 

@@ -13,7 +13,6 @@ from t5x_lite.objectives import units as units_lib
 from t5x_lite.objectives.draws import Draws
 from tests.inplace import MODEL, built, documents, every_vocab, load, rate_is, raw_text
 
-
 RATES = [
     (dict(), (0.8, 0.1)),
     (dict(mask=0.85, random=0.0), (0.85, 0.0)),
@@ -197,7 +196,9 @@ def test_passages_may_be_tiny():
 def test_shuffled_trigrams_keep_their_tokens():
     tokens = np.tile(np.arange(100, 400, dtype=np.int32), (2000, 1))
     free = np.random.default_rng(0).random(tokens.shape) < 0.85
-    new, moved = masking.shuffle_trigrams(tokens, free, Draws(0, 0, 2000), 5)
+    new, moved = masking.shuffle_trigrams(
+        tokens, free, Draws(0, 0, 2000), np.full(2000, 5)
+    )
     assert (moved.sum(axis=1) == 15).all() and not (moved & ~free).any()
     assert (new == tokens)[~moved].all()
     orders = np.zeros((3, 3))

@@ -51,7 +51,7 @@ class Block(nnx.Module):
             shape = shapes[f"blocks/{name}"][1:]
             setattr(self, name, parameters.param(shape, AXES[name], layers.ones))
         norm = shapes["blocks/norm/scale"][1]
-        self.norm = layers.RMSNorm(ModelConfig(d_model=norm))
+        self.norm = layers.Norm(ModelConfig(d_model=norm))
 
 
 class Matrices(nnx.Module):
@@ -60,7 +60,7 @@ class Matrices(nnx.Module):
     def __init__(self, shapes: dict):
         for name in ("wide", "tall"):
             setattr(self, name, parameters.param(shapes[name], AXES[name], layers.ones))
-        self.norm = layers.RMSNorm(ModelConfig(d_model=shapes["norm/scale"][0]))
+        self.norm = layers.Norm(ModelConfig(d_model=shapes["norm/scale"][0]))
         self.blocks = parameters.stacked(Block(shapes), shapes["blocks/query"][0])
 
 

@@ -93,7 +93,7 @@ class Batches:
         self.host_batch_size = batch_size // host_count
         self._host_first = host_index * self.host_batch_size
         self.documents = None
-        if row.source == "passages":
+        if row.reads(knobs) == "passages":
             if memory_length or static_noise:
                 raise ValueError(
                     f"objective {objective!r} reads whole documents: "
@@ -108,7 +108,8 @@ class Batches:
         self.examples_per_epoch = self.order.windows_per_epoch
         # Fails now, not at the first step, if the vocabulary has too few sentinels.
         blank_1T = np.full((1, self.raw_length), int(vocab.ordinary[0]), np.int32)
-        streams = self._streams(blank_1T, Draws(0, 0, 1))
+        blank = Passages(blank_1T, blank_1T) if self.documents else blank_1T
+        streams = self._streams(blank, Draws(0, 0, 1))
         self.shapes = {name: _shape(stream) for name, stream in streams.items()}
 
     def __len__(self) -> int:

@@ -8,10 +8,11 @@ params = elmo.from_bilm(elmo.read("lm_weights.hdf5"), cfg)
 """
 
 from collections.abc import Mapping
+from typing import IO
 
 import numpy as np
 
-from t5x_lite.elmo import Bilm, ElmoConfig
+from t5x_lite.bilm import Bilm, ElmoConfig
 from t5x_lite.parameters import declared, nested
 
 # Ours -> theirs. {i} is the filter, the highway layer or the LSTM layer.
@@ -53,10 +54,10 @@ def config(options: Mapping) -> ElmoConfig:
     )
 
 
-def read(path: str) -> dict[str, np.ndarray]:
+def read(path: str | IO[bytes]) -> dict[str, np.ndarray]:
     """All arrays of an HDF5 file, by their path in it. Needs h5py."""
     try:
-        import h5py
+        import h5py  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise ImportError(
             f"{path}: reading HDF5 needs h5py: pip install 't5x-lite[elmo]'."

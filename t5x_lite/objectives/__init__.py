@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from t5x_lite.objectives import bart, denoising, pairs
+from t5x_lite.objectives import bart, denoising, lm, masking, pairs, pseudo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,6 @@ class Objective:
         structures: the structures (layouts) that the objective can train.
         lengths: (inputs_length, **knobs) -> (raw, inputs, targets) lengths in tokens.
         kind: what `make` returns: "pair" or "example".
-        loss: the loss that reads the batch.
         source: what `make` gets: "tokens" (windows of the store) or "passages".
     """
 
@@ -24,14 +23,24 @@ class Objective:
     structures: frozenset[str]
     lengths: Callable[..., tuple[int, int, int]]
     kind: str = "pair"
-    loss: str = "tokens"
-    source: str = "tokens"
+    source: str | Callable[[dict], str] = "tokens"
+
+    def reads(self, knobs: dict) -> str:
+        """`source`, which may depend on the knobs."""
+        return self.source if isinstance(self.source, str) else self.source(knobs)
 
 
 # Text in, text out; those that keep what they hide also predict it in place.
 TEXT_TO_TEXT = frozenset({"encoder_decoder", "prefix_lm", "decoder"})
 ANY = TEXT_TO_TEXT | {"encoder", "permuted"}
 ENCODER_DECODER = frozenset({"encoder_decoder"})
+ENCODER = frozenset({"encoder"})
+
+
+def _by_sentences(knobs: dict) -> str:
+    return "tokens" if knobs.get("sentence", "none") == "none" else "passages"
+
+
 
 OBJECTIVES = {
     "span_corruption": Objective(
@@ -52,5 +61,24 @@ OBJECTIVES = {
     "mass": Objective(pairs.mass, ENCODER_DECODER, pairs.mass_lengths),
     "prophetnet": Objective(
         pairs.prophetnet, ENCODER_DECODER, pairs.prophetnet_lengths
+    ),
+    "masked_lm": Objective(
+        masking.masked_lm, ENCODER, masking.masked_lm_lengths, "example", _by_sentences
+    ),
+    "causal_lm": Objective(
+        lm.causal_lm, frozenset({"decoder"}), lm.causal_lm_lengths, "example"
+    ),
+    "permuted_lm": Objective(
+        lm.permuted_lm, frozenset({"permuted"}), lm.permuted_lm_lengths, "example"
+    ),
+    "unilm": Objective(lm.unilm, ENCODER, lm.unilm_lengths, "example"),
+    "pseudo_masked": Objective(
+        pseudo.pseudo_masked, ENCODER, pseudo.pseudo_masked_lengths, "example"
+    ),
+    "span_flow": Objective(
+        pseudo.span_flow,
+        frozenset({"prefix_lm"}),
+        pseudo.span_flow_lengths,
+        "example",
     ),
 }

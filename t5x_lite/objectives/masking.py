@@ -59,7 +59,7 @@ def masked_lm(
             a token without any becomes a random one (Cui et al. 2020, section 3).
         sentence: "none", "nsp", "sop" or "three_way".
         shuffle: share of the text in trigrams that are shuffled among the places left
-            over, and predicted (Wang et al. 2020, section 2.2). One of six shuffles
+            over, and predicted (Wang et al. 2020, section 2.3). One of six shuffles
             leaves the order as it is.
 
     Returns:
@@ -91,9 +91,10 @@ def masked_lm(
         similar=similar,
     )
     if shuffle:
-        free_BT = units_lib.is_text(original_BT, vocab) & ~chosen_BT
+        text_BT = units_lib.is_text(original_BT, vocab)
+        count_B = np.rint(shuffle * text_BT.sum(axis=1) / 3).astype(np.int64)
         tokens_BT, moved_BT = shuffle_trigrams(
-            tokens_BT, free_BT, rng, _shuffled(T - _marks(sentence), shuffle)
+            tokens_BT, text_BT & ~chosen_BT, rng, count_B
         )
         chosen_BT |= moved_BT
     places_BK, weights_BK = places_of(chosen_BT, K)
@@ -129,7 +130,7 @@ def masked_lm_lengths(
             f"inputs_length={inputs_length}: {_marks(sentence)} marks leave {raw} "
             f"tokens of text; at least {4 + _marks(sentence)} are needed."
         )
-    places = places_count(raw, density) + 3 * _shuffled(raw, shuffle)
+    places = places_count(raw, density) + 3 * round(shuffle * raw / 3)
     return raw, inputs_length, places
 
 
@@ -231,9 +232,9 @@ def load_similar(path: str, vocab: Vocab) -> np.ndarray:
 
 
 def shuffle_trigrams(
-    tokens_BT: np.ndarray, free_BT: np.ndarray, rng: Draws, count: int
+    tokens_BT: np.ndarray, free_BT: np.ndarray, rng: Draws, count_B: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffles the tokens inside up to `count` random trigrams of free tokens.
+    """Shuffles the tokens inside up to `count_B` random trigrams of free tokens.
 
     Returns:
         (int32 [B, T] tokens, bool [B, T] those of the trigrams).
@@ -244,8 +245,7 @@ def shuffle_trigrams(
     flat_BT = groups_BT + np.arange(B)[:, None] * (T + 2)
     sizes = np.bincount(flat_BT[free_BT], minlength=B * (T + 2))
     whole_BT = sizes[flat_BT] == 3
-    budget_B = np.full(B, 3 * count)
-    moved_BT = units_lib.choose(groups_BT, whole_BT, rng, budget_B)
+    moved_BT = units_lib.choose(groups_BT, whole_BT, rng, 3 * count_B)
     within_BT = np.where(moved_BT, rng.uniform(T), offsets_BT / 3)
     order_BT = np.argsort(groups_BT + within_BT, axis=1, kind="stable")
     return np.take_along_axis(tokens_BT, order_BT, axis=1), moved_BT
@@ -358,11 +358,6 @@ def _marks(sentence: str) -> int:
     if sentence not in SENTENCES:
         raise ValueError(f"sentence={sentence!r}: allowed are {', '.join(SENTENCES)}.")
     return 2 if sentence == "none" else 3
-
-
-def _shuffled(text: int, shuffle: float) -> int:
-    """Number of shuffled trigrams."""
-    return round(shuffle * text / 3)
 
 
 def check_density(density: float) -> None:

@@ -84,7 +84,8 @@ def span_flow(
     spans: str = "",
     ngrams: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Example:
-    """Span-by-span and word-by-word flows of ERNIE-GEN (Xiao et al. 2020, 3.1-3.4).
+    """Span-by-span and word-by-word flows of ERNIE-GEN (Xiao et al. 2020,
+    section 3).
 
     The row is [CLS] A [SEP] B [SEP], cut at random in the middle half; B and its [SEP]
     are predicted twice. Stream 0, word by word: from A and the tokens before. Stream

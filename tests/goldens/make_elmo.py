@@ -3,8 +3,8 @@
     pip download --no-deps allennlp==0.9.0 && pip install h5py
     python -m tests.goldens.make_elmo allennlp-0.9.0-py3-none-any.whl
 
-The weights, sentences and outputs (made by bilm-tf) are unchanged from the wheel:
-Copyright AllenNLP, Apache-2.0.
+The weights, sentences and outputs are unchanged from the wheel, whose author is the
+Allen Institute for Artificial Intelligence and whose licence is Apache-2.0.
 """
 
 import io
@@ -27,7 +27,7 @@ def main(wheel: str):
         def content(name: str) -> bytes:
             return archive.read(f"{FOLDER}/{name}")
 
-        arrays = elmo.read(io.BytesIO(content("lm_weights.hdf5")))  # pyright: ignore
+        arrays = elmo.read(io.BytesIO(content("lm_weights.hdf5")))
         arrays = {f"weights/{name}": array for name, array in arrays.items()}
         sentences = json.loads(content("sentences.json"))
         for k in range(len(sentences)):

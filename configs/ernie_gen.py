@@ -1,0 +1,23 @@
+"""ERNIE-GEN-base: multi-flow generation, span by span (Xiao et al. 2020).
+
+    python -m t5x_lite.train --config=configs/ernie_gen.py --workdir=runs/ernie_gen \\
+        --config.data.train='corpus/*.jsonl' --config.data.heldout=heldout.jsonl
+
+Hardware, wall time, held-out loss: not yet measured; not measured on GPU. The small
+version (`:study`) is in the README's table."""
+
+from configs import base
+
+
+def get_config(arg=""):
+    c = base.get_config()
+    base.set_model(c, "ernie_gen_base")
+    base.set_objective(c, "span_flow")
+    base.adamw(c, 5e-5, 4_000)
+    c.steps, c.data.batch_size = 500_000, 2000
+    c.eval_every = 2_000
+    c.checkpoint.keep_every = 10_000
+    c.model.dtype = "bfloat16"
+    c.data.vocab = "spiece.model"
+    c.model.vocab_size = 0  # the published size belongs to the published vocabulary
+    return base.scaled(c, arg)

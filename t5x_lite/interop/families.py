@@ -1,0 +1,258 @@
+"""Weights of other families: their names, and how their config maps to ours.
+
+    cfg = families.model_config("bert", json.load(open("config.json")))
+    params = families.from_hf("bert", weights, cfg)  # weights: name -> NumPy array
+    weights = families.to_hf("bert", params, cfg)
+
+Theirs are the names of Hugging Face's pretraining classes (`FAMILIES`, with T5 in
+`t5.py`). A model without a head (classes=0, say) is read by the same table.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from t5x_lite.config import ModelConfig
+from t5x_lite.interop import decoders, encoders, seq2seq, t5, tables
+from t5x_lite.interop.tables import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One class of theirs.
+
+    Attributes:
+        names: config -> table of names.
+        keys: our config field -> their key, or a function of their whole config.
+        fixed: our config fields that the family decides.
+        must: their keys that, if present, must have the value that our model has.
+        activations: their name -> ours.
+    """
+
+    names: Callable[[ModelConfig], Table]
+    keys: Mapping[str, str | Callable[[Mapping], Any]]
+    fixed: Mapping[str, Any]
+    must: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: GELUS)
+
+
+GELUS = dict(relu="relu", gelu="gelu_exact", gelu_new="gelu", gelu_pytorch_tanh="gelu")
+# Biases, LayerNorm after each sublayer, scaled scores, tied output.
+CLASSIC = dict(
+    gated=False,
+    bias=True,
+    norm="layer",
+    norm_order="post",
+    scale_attention=True,
+    tie_embeddings=True,
+    rescale_logits=False,
+    positions="learned",
+)
+MASKED = CLASSIC | dict(
+    structure="encoder", embed_norm=True, transform_output=True, output_bias=True
+)
+SHAPE = dict(
+    vocab_size="vocab_size",
+    d_model="hidden_size",
+    heads="num_attention_heads",
+    head_dim=lambda c: c["hidden_size"] // c["num_attention_heads"],
+    d_ff="intermediate_size",
+    encoder_layers="num_hidden_layers",
+    types="type_vocab_size",
+    norm_eps="layer_norm_eps",
+    activation="hidden_act",
+)
+BERT = SHAPE | dict(max_positions="max_position_embeddings")
+ABSOLUTE = dict(position_embedding_type="absolute", is_decoder=False)
+ELECTRA = BERT | dict(d_embed="embedding_size")
+ELECTRA_FIXED = MASKED | dict(generator_width=0.25)
+XLNET = dict(
+    vocab_size="vocab_size",
+    d_model="d_model",
+    heads="n_head",
+    head_dim=lambda c: c["d_model"] // c["n_head"],
+    d_ff="d_inner",
+    encoder_layers="n_layer",
+    norm_eps="layer_norm_eps",
+    activation="ff_activation",
+)
+GPT = dict(
+    vocab_size="vocab_size",
+    max_positions="n_positions",
+    d_model="n_embd",
+    heads="n_head",
+    head_dim=lambda c: c["n_embd"] // c["n_head"],
+    d_ff=lambda c: c.get("n_inner") or 4 * c["n_embd"],
+    decoder_layers="n_layer",
+    norm_eps=lambda c: c.get("layer_norm_epsilon", 1e-5),
+)
+BART = dict(
+    vocab_size="vocab_size",
+    max_positions="max_position_embeddings",
+    d_model="d_model",
+    heads="encoder_attention_heads",
+    head_dim=lambda c: c["d_model"] // c["encoder_attention_heads"],
+    d_ff="encoder_ffn_dim",
+    encoder_layers="encoder_layers",
+    decoder_layers="decoder_layers",
+    activation="activation_function",
+)
+PROPHETNET = dict(
+    vocab_size="vocab_size",
+    max_positions=lambda c: c["max_position_embeddings"] - 1,
+    d_model="hidden_size",
+    heads="num_encoder_attention_heads",
+    head_dim=lambda c: c["hidden_size"] // c["num_encoder_attention_heads"],
+    d_ff="encoder_ffn_dim",
+    encoder_layers="num_encoder_layers",
+    decoder_layers="num_decoder_layers",
+    query_streams="ngram",
+    relative_buckets="num_buckets",
+    relative_max_distance="relative_max_distance",
+    activation="activation_function",
+)
+T5 = dict(
+    vocab_size="vocab_size",
+    d_model="d_model",
+    heads="num_heads",
+    head_dim="d_kv",
+    d_ff="d_ff",
+    encoder_layers="num_layers",
+    decoder_layers="num_decoder_layers",
+    relative_buckets="relative_attention_num_buckets",
+    relative_max_distance="relative_attention_max_distance",
+    norm_eps="layer_norm_epsilon",
+    gated=lambda c: c["feed_forward_proj"].startswith("gated-"),
+    activation="feed_forward_proj",
+)
+T5_ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu", "gated-relu": "relu"}
+
+
+def _fixed(table: Table) -> Callable[[ModelConfig], Table]:
+    return lambda cfg: table
+
+
+FAMILIES = {
+    "bert": Family(
+        _fixed(encoders.bert("bert")), BERT, MASKED | dict(classes=2), ABSOLUTE
+    ),
+    "ernie": Family(
+        _fixed(encoders.bert("ernie")),
+        BERT,
+        MASKED | dict(classes=2),
+        ABSOLUTE | dict(use_task_id=False),
+    ),
+    "nezha": Family(
+        _fixed(encoders.bert("nezha")),
+        SHAPE | dict(relative_max_distance="max_relative_position"),
+        MASKED | dict(classes=2, positions="functional"),
+    ),
+    "roberta": Family(
+        _fixed(encoders.ROBERTA),
+        SHAPE | dict(max_positions=lambda c: c["max_position_embeddings"] - 2),
+        MASKED | dict(position_offset=2),
+        ABSOLUTE | dict(pad_token_id=1),
+    ),
+    "albert": Family(
+        _fixed(encoders.ALBERT),
+        BERT | dict(d_embed="embedding_size"),
+        MASKED | dict(classes=2, share_layers=True),
+        ABSOLUTE | dict(num_hidden_groups=1, inner_group_num=1),
+    ),
+    # The config is the discriminator's; `generator_width` says the generator's.
+    "electra_generator": Family(
+        _fixed(encoders.ELECTRA_GENERATOR), ELECTRA, ELECTRA_FIXED, ABSOLUTE
+    ),
+    "electra_discriminator": Family(
+        _fixed(encoders.ELECTRA_DISCRIMINATOR), ELECTRA, ELECTRA_FIXED, ABSOLUTE
+    ),
+    "xlnet": Family(
+        _fixed(decoders.XLNET),
+        XLNET,
+        CLASSIC
+        | dict(structure="permuted", positions="transformer_xl", output_bias=True)
+        | dict(types=2, query_streams=1, memory_length=384),
+        dict(attn_type="bi", clamp_len=-1, same_length=False, untie_r=True),
+    ),
+    "gpt": Family(
+        _fixed(decoders.gpt("tokens_embed", "positions_embed")),
+        GPT | dict(activation="afn"),
+        CLASSIC | dict(structure="decoder"),
+        activations=dict(gelu="gelu", relu="relu"),
+    ),
+    "gpt2": Family(
+        _fixed(decoders.gpt("wte", "wpe")),
+        GPT | dict(activation="activation_function"),
+        CLASSIC | dict(structure="decoder", norm_order="pre"),
+        dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False),
+    ),
+    "bart": Family(
+        _fixed(seq2seq.BART),
+        BART,
+        CLASSIC
+        | dict(structure="encoder_decoder", embed_norm=True, norm_eps=1e-5)
+        | dict(position_offset=2, output_bias=False),
+        dict(scale_embedding=False),
+    ),
+    "prophetnet": Family(
+        _fixed(seq2seq.PROPHETNET),
+        PROPHETNET,
+        CLASSIC
+        | dict(structure="encoder_decoder", embed_norm=True, norm_eps=1e-5)
+        | dict(position_offset=1, positions="prophetnet"),
+        dict(pad_token_id=0),
+    ),
+    "umt5": Family(
+        t5.table,
+        T5,
+        dict(tie_embeddings=False, positions="bias_per_layer"),
+        activations=T5_ACTIVATIONS,
+    ),
+}
+
+
+def model_config(family: str, theirs: Mapping[str, Any], **changes) -> ModelConfig:
+    """Their config (the keys of their config.json) as ours.
+
+    Args:
+      changes: our fields, for what their config does not say, as `classes=0` for a
+        model without the sentence head.
+
+    Raises:
+      KeyError, ValueError: if a key is missing or asks for what our model does not do.
+    """
+    row = FAMILIES[family]
+    for key, value in row.must.items():
+        if theirs.get(key, value) != value:
+            raise ValueError(
+                f"{key}={theirs[key]!r} in the config of {family!r}; our model computes "
+                f"{key}={value!r} only and would give other numbers."
+            )
+    fields: dict[str, Any] = dict(row.fixed)
+    for ours, key in row.keys.items():
+        if callable(key):
+            fields[ours] = key(theirs)
+        elif key in theirs:
+            fields[ours] = theirs[key]
+        else:
+            raise KeyError(f"the config of {family!r} has no {key!r}: {sorted(theirs)}")
+    act = fields["activation"]
+    if act not in row.activations:
+        raise ValueError(
+            f"activation {act!r} in the config of {family!r} is not one of "
+            f"{sorted(row.activations)}."
+        )
+    fields["activation"] = row.activations[act]
+    return ModelConfig(**fields | changes)
+
+
+def to_hf(family: str, params: Mapping, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """Our nested parameters -> their whole state dict, copies included."""
+    return tables.to_theirs(FAMILIES[family].names(cfg), params, cfg)
+
+
+def from_hf(family: str, weights: Mapping[str, np.ndarray], cfg: ModelConfig) -> dict:
+    """Their state dict -> our nested parameters; `tables.from_theirs` on errors."""
+    return tables.from_theirs(FAMILIES[family].names(cfg), weights, cfg)

@@ -1,0 +1,227 @@
+"""Tables of names, read in both directions: our parameters and another code's weights.
+
+Arrays are NumPy. A family is a literal dict of rows; see `t5.py` and `families.py`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from t5x_lite import model, parameters
+from t5x_lite.config import ModelConfig
+
+
+class Row(NamedTuple):
+    """Where one of our parameters stands there.
+
+    Attributes:
+        theirs: their name; {i} stands for the layer.
+        axes: "ours->theirs", a letter an axis; (NH) is one axis there, 1 an axis of
+            length one; "" = the same array.
+        part: (k, n): one of n arrays side by side along their last axis.
+        roll: our row g is their row g - roll along the first axis.
+    """
+
+    theirs: str
+    axes: str = ""
+    part: tuple[int, int] = (0, 1)
+    roll: int = 0
+
+
+Rows = dict[str, Row]
+# Weights of linear layers: [inputs, outputs] here, [outputs, inputs] there.
+LINEAR, HEADS_IN, HEADS_OUT = "IO->OI", "INH->(NH)I", "NHO->O(NH)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All rows of a family, by our name; a config's model uses those that it has.
+
+    Attributes:
+        copies: their other names of a tied tensor -> the name of a row.
+        unused: regexes of their weights that are accepted and not read.
+        zeros: of their weights that are not read either, but must be zero.
+        whole: are these rows of a whole model? Else the others are left out.
+    """
+
+    rows: Mapping[str, Row]
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
+    whole: bool = True
+
+
+class Place(NamedTuple):
+    """A row for one model: their name of each layer or the only one, shape of one."""
+
+    row: Row
+    theirs: list[str]
+    shape: tuple[int, ...]
+
+
+def dense(ours: str, theirs: str, axes: str = LINEAR, bias: str = "") -> Rows:
+    """A weight with its bias, which differ in their names' ends."""
+    outputs = {HEADS_IN: "NH->(NH)"}.get(axes, "")
+    return {
+        ours: Row(f"{theirs}.weight", axes),
+        bias or f"{ours}_bias": Row(f"{theirs}.bias", outputs),
+    }
+
+
+def norm(ours: str, theirs: str) -> Rows:
+    return {
+        f"{ours}/scale": Row(f"{theirs}.weight"),
+        f"{ours}/bias": Row(f"{theirs}.bias"),
+    }
+
+
+def under(ours: str, theirs: str, rows: Rows) -> Rows:
+    """The rows with both names prefixed."""
+    return {
+        f"{ours}{name}": row._replace(theirs=f"{theirs}{row.theirs}")
+        for name, row in rows.items()
+    }
+
+
+def places(table: Table, cfg: ModelConfig) -> dict[str, Place]:
+    """Our name -> its place there, for every parameter of the model."""
+    found, homeless = {}, []
+    for ours, p in parameters.declared(model.build(cfg)).items():
+        row, shape = table.rows.get(ours), p.get_value().shape
+        layered = "/blocks/" in ours and not cfg.share_layers
+        if row is None or layered != ("{i}" in row.theirs):
+            homeless.append(ours)
+        elif layered:
+            each = [row.theirs.format(i=i) for i in range(shape[0])]
+            found[ours] = Place(row, each, shape[1:])
+        else:
+            found[ours] = Place(row, [row.theirs], shape)
+    if homeless and table.whole:
+        raise ValueError(
+            f"{len(homeless)} parameter(s) of config.model have no place in this "
+            f"family's weights: {homeless}. Set config.model to a shape of the family; "
+            "t5x_lite/interop has its names."
+        )
+    return found
+
+
+def to_theirs(table: Table, params: Mapping, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """Our nested parameters -> their whole state dict, copies included."""
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for ours, (row, theirs, shape) in places(table, cfg).items():
+        value = params
+        for key in ours.split("/"):
+            value = value[key]
+        each = np.asarray(value).reshape(len(theirs), *shape)
+        for name, one in zip(theirs, each, strict=True):
+            one = np.roll(one, -row.roll, axis=0) if row.roll else one
+            parts.setdefault(name, {})[row.part[0]] = _forward(one, row.axes)
+    out = {
+        name: np.ascontiguousarray(
+            np.concatenate([by[k] for k in sorted(by)], axis=-1)
+            if len(by) > 1
+            else by[0]
+        )
+        for name, by in parts.items()
+    }
+    return out | {k: out[v] for k, v in table.copies.items() if k not in out}
+
+
+def from_theirs(
+    table: Table, weights: Mapping[str, np.ndarray], cfg: ModelConfig
+) -> dict:
+    """Their state dict -> our nested parameters.
+
+    Raises:
+      ValueError: naming all weights that are missing, not of this model, of another
+        shape, or that should be copies of another and are not.
+    """
+    all_places = places(table, cfg)
+    problems = _problems(table, all_places, weights)
+    if problems:
+        raise ValueError(
+            f"{len(problems)} weight(s) do not fit config.model ({cfg.encoder_layers}+"
+            f"{cfg.decoder_layers} layers, gated={cfg.gated}, tie_embeddings="
+            f"{cfg.tie_embeddings}, classes={cfg.classes}); set config.model to the "
+            "shape the weights were made with:\n  - " + "\n  - ".join(problems)
+        )
+    params: dict = {}
+    for ours, (row, theirs, shape) in all_places.items():
+        each = [_back(_part(np.asarray(weights[n]), row), row, shape) for n in theirs]
+        *path, last = ours.split("/")
+        at = params
+        for key in path:
+            at = at.setdefault(key, {})
+        at[last] = np.stack(each) if "{i}" in row.theirs else each[0]
+    return params
+
+
+def _problems(table: Table, all_places: dict[str, Place], weights) -> list[str]:
+    wanted = {
+        name: _their_shape(shape, row)
+        for row, theirs, shape in all_places.values()
+        for name in theirs
+    }
+    copies = {k: v for k, v in table.copies.items() if k not in wanted}
+    zeros = {k for k in table.zeros if k in weights and k not in wanted}
+    problems = [f"missing: {name}" for name in sorted(wanted.keys() - set(weights))]
+    for name in sorted(set(weights) - wanted.keys() - copies.keys() - zeros):
+        if not any(re.fullmatch(pattern, name) for pattern in table.unused):
+            problems.append(f"unexpected: {name}")
+    for name, shape in wanted.items():
+        if name in weights and np.shape(weights[name]) != shape:
+            got = np.shape(weights[name])
+            problems.append(f"shape {got} instead of {shape}: {name}")
+    for copy, name in copies.items():
+        both = [weights[n] for n in (copy, name) if n in weights]
+        if not all(np.array_equal(w, both[0]) for w in both):
+            problems.append(f"not equal to {name}: {copy}")
+    problems += [f"not zero: {name}" for name in sorted(zeros) if weights[name].any()]
+    return problems
+
+
+def _axes(axes: str) -> tuple[str, list[str]]:
+    """ "INH->(NH)I" -> "INH", ["NH", "I"]; an axis of length one is ""."""
+    ours, theirs = axes.split("->")
+    groups = re.findall(r"\((\w+)\)|(\w)", theirs)
+    return ours, [(many or one).replace("1", "") for many, one in groups]
+
+
+def _grouped(shape, axes: str) -> tuple[int, ...]:
+    if not axes:
+        return tuple(shape)
+    ours, groups = _axes(axes)
+    sizes = dict(zip(ours, shape, strict=True))
+    return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
+
+
+def _their_shape(shape, row: Row) -> tuple[int, ...]:
+    *lead, last = _grouped(shape, row.axes)
+    return (*lead, last * row.part[1])
+
+
+def _forward(one: np.ndarray, axes: str) -> np.ndarray:
+    if not axes:
+        return one
+    ours, groups = _axes(axes)
+    order = [ours.index(letter) for letter in "".join(groups)]
+    return one.transpose(order).reshape(_grouped(one.shape, axes))
+
+
+def _part(theirs: np.ndarray, row: Row) -> np.ndarray:
+    k, n = row.part
+    return np.split(theirs, n, axis=-1)[k] if n > 1 else theirs
+
+
+def _back(theirs: np.ndarray, row: Row, shape: tuple[int, ...]) -> np.ndarray:
+    if row.axes:
+        ours, groups = _axes(row.axes)
+        letters = "".join(groups)
+        sizes = dict(zip(ours, shape, strict=True))
+        theirs = theirs.reshape([sizes[letter] for letter in letters])
+        theirs = theirs.transpose([letters.index(letter) for letter in ours])
+    return np.roll(theirs, row.roll, axis=0) if row.roll else theirs
