@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 WORKDIR ?= runs/demo
 
-.PHONY: help demo test check parity bench clean
+.PHONY: help demo test check parity bench study-smoke clean
 
 help:
 	@echo "make demo       pretrain a small T5 on real text (about 5 minutes), or resume"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      ruff and pyright"
 	@echo "make parity     live comparison with PyTorch/transformers (installs them)"
 	@echo "make bench      ratios against PyTorch and plain NumPy, measured side by side"
+	@echo "make study-smoke  every system, small, on the demo text (about an hour)"
 	@echo "make clean      remove the environments and caches (not runs/)"
 
 $(VENV)/installed: pyproject.toml .ci/constraints.txt
@@ -44,6 +45,9 @@ bench: $(VENV)/parity-installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.data
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.train
 	$(BIN)/python -m tests.bench.startup
+
+study-smoke: $(VENV)/installed
+	$(BIN)/python -m tests.study_smoke
 
 clean:
 	rm -rf .venv* build *.egg-info .pytest_cache .ruff_cache

@@ -68,8 +68,8 @@ def study(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
     One shape, batch, optimizer and schedule for all: what differs is the system.
     """
-    c.steps, c.eval_every, c.eval_batches, c.log_every = 600, 600, 0, 10
-    c.checkpoint.every = 600
+    c.steps, c.eval_every, c.eval_batches, c.log_every = 800, 800, 0, 10
+    c.checkpoint.every = 800
     _shrink(c, layers=2, d_model=128, heads=4, length=128)
     c.data.batch_size = 16
     c.model.dropout = 0.0
@@ -77,8 +77,8 @@ def study(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         dict(
             name="adamw",
             schedule="cosine",
-            learning_rate=3e-3,
-            warmup_steps=60,
+            learning_rate=2e-3,
+            warmup_steps=80,
             final_fraction=0.1,
             clip_norm=1.0,
             decay_steps=0,

@@ -10,6 +10,8 @@ COMMANDS = {
     "evaluate": "held-out loss of a checkpoint",
     "generate": "fill the gaps of a text",
     "export": "parameters as one .npz with readable names",
+    "inspect": "print examples of a config, and who sees whom",
+    "elmo": "train a small ELMo biLM on words",
     "vocab": "train or show a SentencePiece vocabulary",
 }
 

@@ -50,13 +50,14 @@ def parser(doc: str | None) -> Parser:
     )
 
 
-def parse_config(doc: str | None, argv=None, **required: str):
-    """Parses `--config=FILE[:ARG]`, `--config.a.b=VALUE` and required string flags.
+def parse_config(doc: str | None, argv=None, **others: str | tuple[str, str]):
+    """Parses `--config=FILE[:ARG]`, `--config.a.b=VALUE` and other string flags.
 
     Args:
       doc: docstring of the command.
       argv: arguments without the program's name; None = those of the process.
-      required: flag name -> help, e.g. `workdir="directory of the run"`.
+      others: flag name -> help if it is required (`workdir="directory of the run"`),
+        else (default, help).
 
     Returns:
       (the ConfigDict with overrides applied, the other flags).
@@ -72,10 +73,13 @@ def parse_config(doc: str | None, argv=None, **required: str):
         metavar="FILE[:ARG]",
         help="Python file with get_config(arg=''); see configs/",
     )
-    for name, text in required.items():
-        flag_parser.add_argument(f"--{name}", required=True, help=text)
+    for name, about in others.items():
+        if isinstance(about, str):
+            flag_parser.add_argument(f"--{name}", required=True, help=about)
+        else:
+            flag_parser.add_argument(f"--{name}", default=about[0], help=about[1])
     argv = sys.argv[1:] if argv is None else list(argv)
-    overrides, others = [], []
+    overrides, rest = [], []
     i = 0
     while i < len(argv):
         if argv[i].lstrip("-").startswith(("config.", "noconfig.")):
@@ -84,9 +88,9 @@ def parse_config(doc: str | None, argv=None, **required: str):
             overrides.append(argv[i] if joined else f"{argv[i]}={argv[i + 1]}")
             i += 1 if joined else 2
         else:
-            others.append(argv[i])
+            rest.append(argv[i])
             i += 1
-    found = flag_parser.parse_args(others)
+    found = flag_parser.parse_args(rest)
     raw = load_config(found.config)
     apply_overrides(raw, overrides)
     return raw, found

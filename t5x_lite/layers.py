@@ -171,6 +171,11 @@ class Attention(nnx.Module):
             self.value_bias = param((N, H), ("heads", "kv"), zeros)
             self.out_bias = param((D,), ("norm",), zeros)
         if positions in RELATIVE:
+            if cfg.attention == "rows":
+                raise ValueError(
+                    f"config.model.attention='rows' with positions={positions!r}: rows "
+                    "share one bias, here each has its own. Set attention='einsum'."
+                )
             self.relative = RELATIVE[positions](cfg)
 
     def _projected(self, x_BTD, name: str):

@@ -35,7 +35,7 @@ def encoder_decoder(pair: Pair, vocab: Vocab) -> Streams:
         "weights": _weights(pair.targets_BT, vocab),
     }
     if pair.streams:
-        trained |= _future_streams(trained, pair.streams)
+        trained |= future_streams(trained, pair.streams)
     return {
         "encoder": {
             "tokens": pair.inputs_BT,
@@ -47,16 +47,18 @@ def encoder_decoder(pair: Pair, vocab: Vocab) -> Streams:
     }
 
 
-def _future_streams(trained: dict, streams: int) -> dict[str, np.ndarray]:
+def future_streams(trained: dict, streams: int) -> dict[str, np.ndarray]:
     """Fields of ProphetNet's streams (Qi et al. 2020, section 3.2), one a future token.
 
-    A cell of stream k sees the context without its last k tokens, and itself.
+    A cell of stream k sees the context without its last k tokens, and itself. The
+    decoder's first token stands before the text and every cell sees it, as in the
+    released code: else the first k cells of stream k would see nothing but themselves.
     """
     B, T = trained["tokens"].shape
     gaps_G1 = np.arange(streams, dtype=np.int32)[:, None]
     cells_GT = np.arange(1, streams * T + 1, dtype=np.int32).reshape(streams, T)
     return {
-        "query_ranks": trained["ranks"][:, None] - gaps_G1,
+        "query_ranks": np.maximum(trained["ranks"][:, None] - gaps_G1, 0),
         "query_groups": np.broadcast_to(cells_GT, (B, streams, T)),
         "targets": np.tile(trained["targets"], (1, streams)),
         "weights": np.tile(trained["weights"], (1, streams)),

@@ -128,6 +128,20 @@ class Vocab:
                 text.append(self._decode_run(list(run), at_start=not text))
         return "".join(text)
 
+    def label(self, i: int) -> str:
+        """One id for people: a piece, [MASK], <extra_id_0>, </s>, [PAD]."""
+        if i in (self.pad_id, self.eos_id, self.unk_id):
+            return {self.pad_id: "[PAD]", self.eos_id: "</s>"}.get(i, "<unk>")
+        if i < self.size - self.sentinels:
+            return self._piece(i)
+        mark = self.sentinels - 1 - (self.size - 1 - i)
+        if mark < len(MARKS):
+            return f"[{MARKS[mark].upper()}]"
+        return f"<extra_id_{self.size - 1 - i}>"
+
+    def _piece(self, i: int) -> str:
+        raise NotImplementedError
+
     def _decode_run(self, ids: list[int], at_start: bool) -> str:
         raise NotImplementedError
 
@@ -143,6 +157,9 @@ class ByteVocab(Vocab):
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) + 3 for t in texts]
+
+    def _piece(self, i: int) -> str:
+        return chr(i - 3) if 32 < i - 3 < 127 else f"<{i - 3:02x}>"
 
     def starts_word(self, tokens_BT: np.ndarray) -> np.ndarray:
         text_BT = (tokens_BT >= 3) & (tokens_BT < 259)

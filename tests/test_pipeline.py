@@ -245,7 +245,10 @@ REFUSED = [
     ({"batch_size": 0}, "positive multiple of 1"),
     ({"host_count": 2, "host_index": 2}, r"host_index=2: allowed is \[0, 2\)"),
     ({"objective": "span"}, "objective='span' is unknown. Allowed"),
-    ({"objective": "mass", "knobs": {}, "structure": "encoder"}, "trains .'encoder_decoder'., but structure='encoder'"),
+    (
+        {"objective": "mass", "knobs": {}, "structure": "encoder"},
+        "trains .'encoder_decoder'., but structure='encoder'",
+    ),
     ({"knobs": {"densty": 0.1}}, "knobs .'densty'.*unexpected keyword"),
     ({"knobs": {"density": 2.0}}, "density=2.0"),
     ({"inputs_length": 4000}, "makes 222 spans.*has 100 sentinels"),

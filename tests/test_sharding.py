@@ -65,7 +65,9 @@ def train(cfg, devices, steps=3):
         for i in range(steps):
             batch = sharding.to_device(random_batch(i), rows)
             now, metrics = train_step(now, batch)
-            losses.append(float(metrics["sums"]["tokens"].nll / metrics["sums"]["tokens"].weight))
+            losses.append(
+                float(metrics["sums"]["tokens"].nll / metrics["sums"]["tokens"].weight)
+            )
     return losses, now, abstract
 
 

@@ -4,8 +4,8 @@
     params = families.from_hf("bert", weights, cfg)  # weights: name -> NumPy array
     weights = families.to_hf("bert", params, cfg)
 
-Theirs are the names of Hugging Face's pretraining classes (`FAMILIES`, with T5 in
-`t5.py`). A model without a head (classes=0, say) is read by the same table.
+Theirs are the names of Hugging Face's pretraining classes. A model without a head
+(classes=0, say) is read by the same table.
 """
 
 import dataclasses
@@ -76,6 +76,7 @@ XLNET = dict(
     d_ff="d_inner",
     encoder_layers="n_layer",
     norm_eps="layer_norm_eps",
+    memory_length=lambda c: c.get("mem_len") or 384,
     activation="ff_activation",
 )
 GPT = dict(
@@ -113,6 +114,7 @@ PROPHETNET = dict(
     relative_max_distance="relative_max_distance",
     activation="activation_function",
 )
+# The oldest T5 configs leave out what was added later.
 T5 = dict(
     vocab_size="vocab_size",
     d_model="d_model",
@@ -120,12 +122,13 @@ T5 = dict(
     head_dim="d_kv",
     d_ff="d_ff",
     encoder_layers="num_layers",
-    decoder_layers="num_decoder_layers",
+    decoder_layers=lambda c: c.get("num_decoder_layers") or c["num_layers"],
     relative_buckets="relative_attention_num_buckets",
-    relative_max_distance="relative_attention_max_distance",
+    relative_max_distance=lambda c: c.get("relative_attention_max_distance", 128),
     norm_eps="layer_norm_epsilon",
-    gated=lambda c: c["feed_forward_proj"].startswith("gated-"),
-    activation="feed_forward_proj",
+    gated=lambda c: c.get("feed_forward_proj", "relu").startswith("gated-"),
+    activation=lambda c: c.get("feed_forward_proj", "relu"),
+    tie_embeddings=lambda c: c.get("tie_word_embeddings", True),
 )
 T5_ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu", "gated-relu": "relu"}
 
@@ -173,7 +176,7 @@ FAMILIES = {
         XLNET,
         CLASSIC
         | dict(structure="permuted", positions="transformer_xl", output_bias=True)
-        | dict(types=2, query_streams=1, memory_length=384),
+        | dict(types=2, query_streams=1),
         dict(attn_type="bi", clamp_len=-1, same_length=False, untie_r=True),
     ),
     "gpt": Family(
@@ -204,10 +207,11 @@ FAMILIES = {
         | dict(position_offset=1, positions="prophetnet"),
         dict(pad_token_id=0),
     ),
+    "t5": Family(t5.table, T5, {}, activations=T5_ACTIVATIONS),
     "umt5": Family(
         t5.table,
-        T5,
-        dict(tie_embeddings=False, positions="bias_per_layer"),
+        T5 | dict(tie_embeddings=lambda c: False),  # whatever transformers 5 says
+        dict(positions="bias_per_layer"),
         activations=T5_ACTIVATIONS,
     ),
 }
@@ -227,7 +231,7 @@ def model_config(family: str, theirs: Mapping[str, Any], **changes) -> ModelConf
     for key, value in row.must.items():
         if theirs.get(key, value) != value:
             raise ValueError(
-                f"{key}={theirs[key]!r} in the config of {family!r}; our model computes "
+                f"{key}={theirs[key]!r} in the config of {family!r}; our model has "
                 f"{key}={value!r} only and would give other numbers."
             )
     fields: dict[str, Any] = dict(row.fixed)
@@ -256,3 +260,29 @@ def to_hf(family: str, params: Mapping, cfg: ModelConfig) -> dict[str, np.ndarra
 def from_hf(family: str, weights: Mapping[str, np.ndarray], cfg: ModelConfig) -> dict:
     """Their state dict -> our nested parameters; `tables.from_theirs` on errors."""
     return tables.from_theirs(FAMILIES[family].names(cfg), weights, cfg)
+
+
+def electra_from_hf(
+    generator: Mapping[str, np.ndarray],
+    discriminator: Mapping[str, np.ndarray],
+    cfg: ModelConfig,
+) -> dict:
+    """Both of ELECTRA's models -> our nested parameters.
+
+    Raises:
+      ValueError: if the embeddings, which ours share, differ; and as `from_hf`.
+    """
+    shared = {k for k in discriminator if k.startswith("electra.embeddings.")}
+    unequal = [
+        k
+        for k in sorted(shared & set(generator))
+        if not np.array_equal(generator[k], discriminator[k])
+    ]
+    if unequal:
+        raise ValueError(
+            f"generator and discriminator differ in {unequal}: they were not trained "
+            "together. Read one of them: from_hf('electra_discriminator', ...)."
+        )
+    return from_hf("electra_generator", generator, cfg) | from_hf(
+        "electra_discriminator", discriminator, cfg
+    )

@@ -1,7 +1,8 @@
 """Attention of queries over keys and values: the reference, and one row at a time.
 
 Shapes: q_BTNH, k_BSNH, v_BSNH; visible_BTS bool; bias float32 [1 or B, N, T, S] or None
-(`rows`: 1 only); keep_BN1S is the dropout mask of the weights, already divided by the rate that is kept, or None.
+(`rows`: 1 only); keep_BN1S is the dropout mask of the weights, already divided by the
+rate that is kept, or None.
 """
 
 import jax

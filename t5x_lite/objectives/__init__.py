@@ -41,7 +41,6 @@ def _by_sentences(knobs: dict) -> str:
     return "tokens" if knobs.get("sentence", "none") == "none" else "passages"
 
 
-
 OBJECTIVES = {
     "span_corruption": Objective(
         denoising.span_corruption, ANY, denoising.span_corruption_lengths
