@@ -57,7 +57,7 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     c.checkpoint.every = 2
     _shrink(c, layers=2, d_model=32, heads=2, length=64)
     c.data.batch_size = 8
-    if not {"spans", "similar"} & set(c.objective):  # their ids are of the 4k pieces
+    if not {"spans", "similar", "entities"} & set(c.objective):  # their ids are of the 4k pieces
         c.data.vocab = "bytes"
     c.optim.update(dict(warmup_steps=1, decay_steps=0))
     return c
@@ -110,6 +110,7 @@ def _shrink(c, *, layers: int, d_model: int, heads: int, length: int):
         )
     )
     m.max_positions = max(m.max_positions, 4 * length)
+    m.entity_layers = layers
     if m.d_embed:
         m.d_embed = d_model // 2
     if m.memory_length:

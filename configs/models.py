@@ -138,6 +138,12 @@ PRESETS |= {
     "ernie_base": _classic(
         "encoder", *_BASE, **_BERT | dict(vocab_size=18_000), activation="relu"
     ),
+    # ERNIE of Tsinghua: Zhang et al. 2019.
+    "ernie_thu_base": _classic(
+        *("encoder", 6, 768, 12, 3072),
+        **_BERT | dict(vocab_size=28_996),
+        d_entity=100,
+    ),
     "structbert_base": _classic("encoder", *_BASE, **_BERT | dict(classes=3)),
     # UniLM: Dong et al. 2019; v2: Bao et al. 2020. ERNIE-GEN: Xiao et al. 2020.
     "unilm_base": _classic("encoder", *_BASE, **_ELECTRA | dict(vocab_size=28_996)),

@@ -80,6 +80,10 @@ class ModelConfig:
     generator_width: float = key(
         0.0, "ELECTRA's generator as a share of the widths; 0 = none", low=0.0, high=1.0
     )
+    d_entity: int = key(0, "width C of entities; 0 = none (else: ERNIE)", low=0)
+    entities: int = key(0, "entity embeddings; 0 = those of the file", low=0)
+    entity_heads: int = key(4, "attention heads of the entities", low=1)
+    entity_layers: int = key(6, "layers that read entities, after the others", low=1)
     dropout: float = key(0.0, "rate, broadcast over length as in T5", low=0.0, high=0.9)
     attention: str = key("einsum", "kernel; rows: one CPU device", among=ATTENTION)
     dtype: str = key("float32", "compute dtype; state is float32", among=DTYPES)
@@ -310,6 +314,20 @@ def _value(value: Any, kind, meta, at: str, problems: list[str]):
     return value
 
 
+# What the layers that read entities are made for.
+_WITH_ENTITIES = dict(
+    structure=("encoder",),
+    norm_order=("post",),
+    positions=("learned", "sinusoidal", "none"),
+    gated=(False,),
+    share_layers=(False,),
+    query_streams=(0,),
+    memory_length=(0,),
+    window=(0,),
+    generator_width=(0.0,),
+)
+
+
 def _cross_checks(c: Config):
     if c.data.batch_size % c.optim.microbatches:
         yield (
@@ -332,6 +350,18 @@ def _cross_checks(c: Config):
             f"config.model.relative_max_distance={c.model.relative_max_distance} must "
             f"exceed half of relative_buckets={c.model.relative_buckets}."
         )
+    if c.model.d_entity % c.model.entity_heads:
+        yield (
+            f"config.model.d_entity={c.model.d_entity} must be a multiple of "
+            f"config.model.entity_heads={c.model.entity_heads}."
+        )
+    if c.model.d_entity:
+        for name, allowed in _WITH_ENTITIES.items():
+            if (value := getattr(c.model, name)) not in allowed:
+                yield (
+                    f"config.model.{name}={value!r} does not go with d_entity="
+                    f"{c.model.d_entity}: allowed is {' or '.join(map(repr, allowed))}."
+                )
     sizes = (c.sharding.data, c.sharding.fsdp, c.sharding.tensor)
     if 0 in sizes or sizes.count(-1) > 1:
         yield (

@@ -1,135 +1,141 @@
-"""Decoding with a key-value cache: greedy and sampling.
+"""Decoding with a key-value cache, greedy and sampling, and prediction in place.
 
 `generate` compiles once per shape and setting and stops when every row has ended. A
 cached step gives the logits of the uncached forward pass (`tests/test_decoding.py`).
+
+A stack decodes in cells: first those of its prompt, which are read in one pass, then
+one for each token it writes. The prompt of an encoder-decoder is the start token; that
+of a single stack is the text it goes on from.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from t5x_lite import model as model_lib
+from t5x_lite import positions
+from t5x_lite.config import ModelConfig
 from t5x_lite.model import Cache, Context
+from t5x_lite.sampling import Sampling, draw
 from t5x_lite.visibility import Cells, visible
 
 START_ID = 0  # the decoder reads padding first, as T5's does
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from the logits.
+def check_decodes(cfg: ModelConfig):
+    """Refuses a model that cannot write one token after the other here."""
+    wrong = None
+    if cfg.structure in ("encoder", "permuted"):
+        wrong = f"structure={cfg.structure!r}"
+    elif cfg.query_streams:
+        wrong = f"query_streams={cfg.query_streams}"
+    elif cfg.positions in positions.RELATIVE:
+        wrong = f"positions={cfg.positions!r}"
+    if wrong:
+        raise ValueError(
+            f"config.model.{wrong} does not decode with a cache. Allowed: structure "
+            "encoder_decoder, decoder or prefix_lm, without query streams, positions "
+            "none, learned, sinusoidal, bias or bias_per_layer. Train such a model."
+        )
 
-    Attributes:
-      temperature: divides the logits; 0 = greedy, the most likely token.
-      top_k: only the k most likely tokens; 0 = all (Fan et al. 2018).
-      top_p: only the most likely tokens that together reach this probability; 0 = all
-        (Holtzman et al. 2020). The token that crosses it is kept.
+
+def check_room(cfg: ModelConfig, cells: int, what: str):
+    """Refuses more cells than the model has positions for."""
+    if cfg.positions in ("learned", "sinusoidal") and cells > cfg.max_positions:
+        raise ValueError(
+            f"{what} needs {cells} positions; config.model.max_positions="
+            f"{cfg.max_positions}. Shorten the text or lower max_length."
+        )
+
+
+def layout(
+    cfg: ModelConfig, tokens_BP: jax.Array, segments_BP: jax.Array, length: int
+) -> tuple[jax.Array, Cells]:
+    """Prompts that all end at cell P-1, and the cells [B, length] of prompt and answer.
+
+    Padding goes before a prompt: T5's relative bias is by the distance of cells.
     """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 0.0
-
-    def __post_init__(self):
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature={self.temperature} must be 0 (greedy) or positive."
-            )
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be at least 0 (0 = all).")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p} must be in [0, 1] (0 = all).")
-        if self.temperature == 0.0 and (self.top_k or self.top_p):
-            raise ValueError(
-                f"top_k={self.top_k}, top_p={self.top_p} do nothing with temperature=0 "
-                "(greedy). Set a temperature, 1.0 say."
-            )
+    P = tokens_BP.shape[1]
+    count_B1 = jnp.sum(segments_BP > 0, axis=1, keepdims=True)
+    places_BS = jnp.arange(length, dtype=jnp.int32)[None] - (P - count_B1)
+    tokens_BP = jnp.take_along_axis(tokens_BP, places_BS[:, :P] % P, axis=1)
+    positions_BS = jnp.maximum(places_BS, 0)
+    ranks_BS = positions_BS
+    if cfg.structure == "prefix_lm":
+        ranks_BS = jnp.where(places_BS < count_B1, 0, positions_BS)
+    return tokens_BP, Cells((places_BS >= 0).astype(jnp.int32), ranks_BS, positions_BS)
 
 
-def init_cache(bound: Any, memory_BSD: jax.Array, max_length: int) -> Cache:
-    """An empty cache for `max_length` tokens; cross keys and values are made here.
+def init_cache(bound: Any, B: int, length: int, memory_BSD=None) -> Cache:
+    """An empty cache for `length` cells; cross keys and values are made here.
 
     Args:
-      bound: an `EncoderDecoder` with parameters.
-      memory_BSD: the encoder's output.
+      bound: a model with parameters that decodes, see `check_decodes`.
+      memory_BSD: the encoder's output, of an encoder-decoder.
     """
-    graph, params = nnx.split(bound.decoder.blocks.cross)
-    keys_LBSNH, values_LBSNH = jax.vmap(
-        lambda layer: nnx.merge(graph, layer).keys_values(memory_BSD)
-    )(params)
-    L, B, _, N, H = keys_LBSNH.shape
-    empty = jnp.zeros((L, B, max_length, N, H), keys_LBSNH.dtype)
-    return Cache(empty, empty, keys_LBSNH, values_LBSNH)
+    cfg, stack = bound.cfg, _stack(bound)
+    shape = (stack.depth, B, length, cfg.heads, cfg.head_dim)
+    empty = jnp.zeros(shape, cfg.dtype)
+    if memory_BSD is None:
+        return Cache(empty, empty)
+    graph, params = nnx.split(stack.blocks.cross)
+
+    def of_layer(params):
+        return nnx.merge(graph, params).keys_values(memory_BSD)
+
+    if cfg.share_layers:
+        cross = jax.tree.map(lambda x: jnp.stack([x] * stack.depth), of_layer(params))
+    else:
+        cross = jax.vmap(of_layer)(params)
+    return Cache(empty, empty, *cross)
+
+
+def _stack(bound: Any) -> model_lib.Stack:
+    paired = bound.cfg.structure == "encoder_decoder"
+    return bound.decoder if paired else bound.stack
 
 
 def decode_step(
     bound: Any,
-    tokens_B1: jax.Array,
+    tokens_BT: jax.Array,
     index: jax.Array,
     cache: Cache,
-    memory_cells: Cells,
+    cells: Cells,
+    memory_cells: Cells | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """One token further: -> (logits of the next token [B, V] float32, new cache).
+    """T tokens further: -> (logits after the last one [B, V] float32, new cache).
 
     Args:
-      tokens_B1: the tokens at `index`; the start token at 0.
-      index: int32 scalar, below the cache's length.
+      tokens_BT: the tokens of cells `index` to `index` + T - 1.
+      index: int32 scalar.
+      cells: [B, S], all cells of the cache. Those behind the tokens are not written
+        yet; their rank hides them.
       memory_cells: cells of the encoder's stream.
     """
-    B, S = tokens_B1.shape[0], cache.keys.shape[2]
-    positions_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (B, S))
-    now_B1 = jnp.full((B, 1), index, jnp.int32)
-    query = Cells(jnp.ones_like(now_B1), now_B1, now_B1)
-    # Keys behind `index` are not written yet; their rank hides them.
-    own = Cells(jnp.ones_like(positions_BS), positions_BS, positions_BS)
+    cfg, T = bound.cfg, tokens_BT.shape[1]
+    query = Cells(*(jax.lax.dynamic_slice_in_dim(c, index, T, axis=1) for c in cells))
     ctx = Context(
-        visible(query, own),
-        memory_visible_BTS=visible(query, memory_cells),
-        causal=True,
+        visible(query, cells),
+        banded_BTS=visible(query, cells, window=cfg.window) if cfg.window else None,
+        causal=cfg.structure != "prefix_lm",
         index=index,
     )
-    stream = {"positions": now_B1}
-    x_B1D = bound.decoder_inputs(bound.embed(tokens_B1), stream)
-    y_B1D, cache, _ = bound.decoder(x_B1D, ctx, None, cache)
-    return bound.logits(bound.output(y_B1D))[:, 0], cache
-
-
-def restrict(logits_BV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
-    """Logits with -inf for tokens outside the top k and the top p; see `Sampling`.
-
-    Of equally likely tokens the lower ids count as more likely.
-    """
-    order_BV = jnp.argsort(logits_BV, axis=-1, stable=True, descending=True)
-    rank_BV = jnp.argsort(order_BV, axis=-1)
-    if top_k:
-        logits_BV = jnp.where(rank_BV < top_k, logits_BV, -jnp.inf)
-    if top_p:
-        sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
-        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-        before_BV = jnp.take_along_axis(before_BV, rank_BV, axis=-1)
-        # The first one stays even if top_p is below any float32 probability.
-        inside_BV = (before_BV < top_p) | (rank_BV == 0)
-        logits_BV = jnp.where(inside_BV, logits_BV, -jnp.inf)
-    return logits_BV
-
-
-def draw(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
-    """Token ids [B] int32."""
-    if how.temperature == 0.0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = restrict(logits_BV / how.temperature, how.top_k, how.top_p)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    inputs = bound.inputs if memory_cells is None else bound.decoder_inputs
+    if memory_cells is not None:
+        ctx = ctx._replace(memory_visible_BTS=visible(query, memory_cells))
+    x_BTD = inputs(bound.embed(tokens_BT), {"positions": query.positions_BT})
+    y_BTD, cache, _ = _stack(bound)(x_BTD, ctx, None, cache)
+    return bound.logits(bound.output(y_BTD[:, -1:]))[:, 0], cache
 
 
 def generate(
-    model: model_lib.EncoderDecoder,
+    model: Any,
     params: dict,
-    encoder_stream: dict,
+    stream: dict,
     *,
     max_length: int,
     eos_id: int,
@@ -140,40 +146,66 @@ def generate(
     key: jax.Array | None = None,
     pad_id: int = START_ID,
 ) -> tuple[jax.Array, jax.Array]:
-    """Decodes every row of an encoder stream until EOS or `max_length`.
+    """Writes behind every row of a stream until EOS or `max_length`.
 
     Args:
-      encoder_stream: arrays [B, S]; rows without any token are not decoded.
+      stream: arrays [B, S] of what is read: the encoder's stream, or the prompt of a
+        decoder or prefix-LM, whose ranks and positions are made here. Rows end with
+        padding (segment 0); rows without any token are not decoded.
       max_length: tokens to write at most, EOS included.
       used_ids: vocabulary size; the padded ids from there on are never written.
       temperature, top_k, top_p: see `Sampling`.
       key: of the samples; needed unless greedy.
-      pad_id: the decoder's first input, and what follows EOS.
+      pad_id: the first input of an encoder-decoder's decoder, and what follows EOS.
 
     Returns:
       (tokens int32 [B, max_length], score float32 [B]: the sum of the log-probabilities
       that the model itself, at temperature 1, gives the tokens up to EOS).
 
     Raises:
-      ValueError: for settings out of range.
+      ValueError: for settings out of range, a model that does not decode, a text that
+        is too long for it.
     """
     how = Sampling(temperature, top_k, top_p)
+    check_decodes(model.cfg)
     if max_length < 1:
         raise ValueError(f"max_length={max_length} must be at least 1.")
-    if key is None:
-        if temperature:
-            raise ValueError(f"temperature={temperature} samples: give a key.")
-        key = jax.random.key(0)
+    read = int(np.sum(np.asarray(stream["segments"]) > 0, axis=1).max())
+    if model.cfg.structure == "encoder_decoder":
+        check_room(model.cfg, max(read, max_length), "the text, or max_length,")
+    else:
+        whole = f"a prompt of {read} tokens with max_length={max_length}"
+        check_room(model.cfg, read + max_length - 1, whole)
+    key = _key(how, key)
     settings = (max_length, eos_id, used_ids, how, pad_id)
-    return _generate(params, encoder_stream, key, model.cfg, *settings)
+    return _generate(params, stream, key, model.cfg, *settings)
+
+
+def _key(how: Sampling, key: jax.Array | None) -> jax.Array:
+    if key is None and how.temperature:
+        raise ValueError(f"temperature={how.temperature} samples: give a key.")
+    return jax.random.key(0) if key is None else key
 
 
 @functools.partial(jax.jit, static_argnums=range(3, 9))
 def _generate(params, stream, key, cfg, max_length, eos_id, used_ids, how, pad_id):
     cast = jax.tree.map(lambda p: p.astype(cfg.dtype), params)
     bound: Any = model_lib.bind(model_lib.build(cfg), cast)
-    cells, B = Cells.of(stream), stream["tokens"].shape[0]
+    B = stream["tokens"].shape[0]
     unused_1V = jnp.arange(cfg.vocab_size)[None] >= used_ids
+    prompt_BP, segments_BP = stream["tokens"], stream["segments"]
+    memory_BSD = memory_cells = None
+    if cfg.structure == "encoder_decoder":
+        memory_BSD, memory_cells = bound.encode(stream), Cells.of(stream)
+        prompt_BP = jnp.full((B, 1), pad_id, jnp.int32)
+        segments_BP = jnp.ones_like(prompt_BP)
+    P = prompt_BP.shape[1]
+    S = P + max_length - 1  # the last token that is written is not read
+    prompt_BP, cells = layout(cfg, prompt_BP, segments_BP, S)
+    cache = init_cache(bound, B, S, memory_BSD)
+    if P > 1:
+        zero = jnp.zeros((), jnp.int32)
+        _, cache = decode_step(bound, prompt_BP, zero, cache, cells, memory_cells)
 
     def unfinished(carry):
         index, _, _, ended_B, _, _ = carry
@@ -181,7 +213,10 @@ def _generate(params, stream, key, cfg, max_length, eos_id, used_ids, how, pad_i
 
     def body(carry):
         index, tokens_BT, last_B, ended_B, score_B, cache = carry
-        logits_BV, cache = decode_step(bound, last_B[:, None], index, cache, cells)
+        # The first step reads the prompt's last token, once more if there are others.
+        logits_BV, cache = decode_step(
+            bound, last_B[:, None], P - 1 + index, cache, cells, memory_cells
+        )
         logits_BV = jnp.where(unused_1V, -jnp.inf, logits_BV)
         next_B = draw(logits_BV, jax.random.fold_in(key, index), how)
         logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
@@ -197,10 +232,49 @@ def _generate(params, stream, key, cfg, max_length, eos_id, used_ids, how, pad_i
     carry = (
         jnp.zeros((), jnp.int32),
         jnp.full((B, max_length), pad_id, jnp.int32),
-        jnp.full((B,), pad_id, jnp.int32),
+        prompt_BP[:, -1],
         jnp.all(stream["segments"] == 0, axis=1),
         jnp.zeros((B,), jnp.float32),
-        init_cache(bound, bound.encode(stream), max_length),
+        cache,
     )
     _, tokens_BT, _, _, score_B, _ = jax.lax.while_loop(unfinished, body, carry)
     return tokens_BT, score_B
+
+
+def predict(
+    model: Any,
+    params: dict,
+    batch: dict,
+    allowed_V: np.ndarray,
+    how: Sampling | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws every predicted place of a batch by itself, all in one pass.
+
+    Args:
+      batch: streams as in training; targets and weights are not read.
+      allowed_V: bool by id, the ids that may be drawn.
+
+    Returns:
+      (tokens int32 [B, K], their log-probabilities among the allowed, float32 [B, K]).
+    """
+    how = how or Sampling()
+    for name, stream in batch.items():
+        longest = int(np.max(np.asarray(stream["positions"]))) + 1
+        check_room(model.cfg, longest, f"the {name} stream")
+    missing = model.cfg.vocab_size - len(allowed_V)
+    allowed_V = np.pad(np.asarray(allowed_V, bool), (0, missing))
+    return _predict(params, batch, allowed_V, _key(how, key), model.cfg, how)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _predict(params, batch, allowed_V, key, cfg, how):
+    cast = jax.tree.map(lambda p: p.astype(cfg.dtype), params)
+    bound: Any = model_lib.bind(model_lib.build(cfg), cast)
+    logits_BKV = bound.logits(bound.outputs(batch).cells_BKE)
+    B, K, V = logits_BKV.shape
+    logits_XV = jnp.where(allowed_V[None], logits_BKV.reshape(B * K, V), -jnp.inf)
+    tokens_X = draw(logits_XV, key, how)
+    logp_XV = jax.nn.log_softmax(logits_XV, axis=-1)
+    logp_X1 = jnp.take_along_axis(logp_XV, tokens_X[:, None], axis=-1)
+    return tokens_X.reshape(B, K), logp_X1.reshape(B, K)

@@ -26,6 +26,8 @@ class Pair:
             they are not 0, 1, 2, ... (MASS keeps those of the source); or None.
         streams: query streams of the decoder; stream k predicts the same targets from
             inputs that end k tokens earlier (ProphetNet); 0 = none.
+        longest: most tokens that inputs and targets have together, where one is short
+            when the other is long; 0 = their widths.
     """
 
     inputs_BT: np.ndarray
@@ -34,6 +36,7 @@ class Pair:
     mask_BT: np.ndarray | None = None
     target_positions_BT: np.ndarray | None = None
     streams: int = 0
+    longest: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Example:
         query_groups_BGT: int32 [B, G, T], > 0: a query cell also sees the cells of the
             query streams of its own group; None = none.
         labels_B: int32 [B], class of the whole example (next sentence, order); or None.
+        entities_BM, entity_targets_BM: int32 [B, M], the entity that is read at each
+            mention and the true one, from 1; 0 = none; or None.
+        entity_places_BM: int32 [B, M], the first token of each mention; or None.
     """
 
     tokens_BT: np.ndarray
@@ -69,6 +75,9 @@ class Example:
     query_ranks_BGT: np.ndarray | None = None
     query_groups_BGT: np.ndarray | None = None
     labels_B: np.ndarray | None = None
+    entities_BM: np.ndarray | None = None
+    entity_places_BM: np.ndarray | None = None
+    entity_targets_BM: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +122,9 @@ OPTIONAL = {
     "query_groups": Field("BGT", "int32", "query cells that see each other; 0 = none"),
     "places": Field("BK", "int32", "predicted cells, in [0, T) or [0, G * T)"),
     "labels": Field("B", "int32", "class of the whole example"),
+    "entities": Field("BM", "int32", "entity read at each mention, from 1; 0 = none"),
+    "entity_places": Field("BM", "int32", "first token of each mention, in [0, T)"),
+    "entity_targets": Field("BM", "int32", "true entities, from 1; 0 = no mention"),
 }
 # Beside the streams.
 WHOLE = {
@@ -154,13 +166,14 @@ def check(batch: Mapping[str, Any], vocab_size: int) -> None:
                 f"batch[{name!r}] holds {sorted(stream)}; the contract is "
                 f"{sorted(fields)}, optional {sorted(OPTIONAL)} (t5x_lite/example.py)."
             )
-        for axis in "TKG":
+        for axis in "TKGM":
             sizes.pop(axis, None)
         for key, field in fields.items():
             where = f"batch[{name!r}][{key!r}]"
             _check_array(where, stream[key], field, sizes)
             cells = sizes["T"] * sizes.get("G", 1)
-            high = dict(tokens=vocab_size, targets=vocab_size, places=cells).get(key)
+            highs = dict(tokens=vocab_size, targets=vocab_size, places=cells)
+            high = (highs | dict(entity_places=sizes["T"])).get(key)
             if key == "query_ranks":  # a stream may see less than the first rank
                 continue
             _check_range(where, stream[key], high)

@@ -93,6 +93,9 @@ def _concatenated(pair, vocab, *, causal_inputs: bool, train_inputs: bool) -> St
         order_BT = np.argsort(whole_BT == vocab.pad_id, axis=1, kind="stable")
         whole_BT = np.take_along_axis(whole_BT, order_BT, axis=1)
         is_input_BT = np.take_along_axis(is_input_BT, order_BT, axis=1)
+    if pair.longest:
+        T = pair.longest
+        whole_BT, is_input_BT = whole_BT[:, :T], is_input_BT[:, :T]
     constant = _constants(B, T - 1)
     tokens_BT, next_BT = whole_BT[:, :-1], whole_BT[:, 1:]
     reads_input_BT, trains_input_BT = is_input_BT[:, :-1], is_input_BT[:, 1:]
@@ -163,6 +166,9 @@ def single(example: Example, vocab: Vocab) -> Streams:
         "query_ranks": example.query_ranks_BGT,
         "query_groups": example.query_groups_BGT,
         "labels": example.labels_B,
+        "entities": example.entities_BM,
+        "entity_places": example.entity_places_BM,
+        "entity_targets": example.entity_targets_BM,
     }
     return {"main": {k: v for k, v in stream.items() if v is not None}}
 

@@ -150,8 +150,7 @@ def classification(logits_BK, labels_B, weights_B) -> Sums:
     nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, labels_B)
     nll = jnp.sum(nll_B * weights_B)
     hit_B = jnp.argmax(logits_BK, axis=-1) == labels_B
-    zero = jnp.zeros((), jnp.float32)
-    return Sums(nll, nll, zero, jnp.sum(hit_B * weights_B), jnp.sum(weights_B))
+    return _sums(nll, hit_B, weights_B)
 
 
 def binary(logits_BT, labels_BT, weights_BT) -> Sums:
@@ -159,6 +158,9 @@ def binary(logits_BT, labels_BT, weights_BT) -> Sums:
     logits_BT = logits_BT.astype(jnp.float32)
     labels = labels_BT.astype(jnp.float32)
     nll = jnp.sum(optax.sigmoid_binary_cross_entropy(logits_BT, labels) * weights_BT)
-    hit_BT = (logits_BT > 0) == labels_BT
-    zero = jnp.zeros((), jnp.float32)
-    return Sums(nll, nll, zero, jnp.sum(hit_BT * weights_BT), jnp.sum(weights_BT))
+    return _sums(nll, (logits_BT > 0) == labels_BT, weights_BT)
+
+
+def _sums(nll, hit, weights) -> Sums:
+    correct = jnp.sum(jnp.where(hit, weights, 0.0))
+    return Sums(nll, nll, jnp.zeros((), jnp.float32), correct, jnp.sum(weights))

@@ -47,7 +47,8 @@ class Context(NamedTuple):
 def relative_bias(table: positions.RelativeBias, ctx: Context) -> jax.Array:
     """float32 [1, N, queries, keys]"""
     if ctx.index is not None:
-        return table.row(ctx.index, ctx.visible_BTS.shape[-1], ctx.causal)
+        _, T, S = ctx.visible_BTS.shape
+        return table.row(ctx.index, S, ctx.causal, T)
     assert ctx.grid is not None
     T, S = ctx.grid.length, ctx.grid.memory + ctx.grid.length
     return ctx.grid.over_streams(table(T, S, ctx.causal))
@@ -204,10 +205,12 @@ class Outputs(NamedTuple):
 
     cells_BKE: of the predicted cells; times `output_kernel` they are logits.
     classes_BC: float32 logits of the whole example, or None.
+    mentions_BMC: what the entities' embeddings are multiplied with, or None.
     """
 
     cells_BKE: jax.Array
     classes_BC: jax.Array | None = None
+    mentions_BMC: jax.Array | None = None
 
 
 class Assembly(nnx.Module):
@@ -394,6 +397,10 @@ def build(cfg: ModelConfig) -> Any:
         from t5x_lite import electra  # it is built of this module's parts
 
         return electra.Electra(cfg)
+    if cfg.d_entity:
+        from t5x_lite import entities
+
+        return entities.EntityEncoder(cfg)
     return ASSEMBLIES[cfg.structure](cfg)
 
 

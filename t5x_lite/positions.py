@@ -95,12 +95,14 @@ class RelativeBias(nnx.Module):
         rows_NTR = jnp.broadcast_to(diagonals_NR[:, None], (N, T, R))
         return skewed(rows_NTR, T, S)[None]
 
-    def row(self, index: jax.Array, S: int, causal: bool) -> jax.Array:
-        """float32 [1, N, 1, S] for the query at traced `index` and keys 0..S-1."""
+    def row(self, index: jax.Array, S: int, causal: bool, T: int = 1) -> jax.Array:
+        """float32 [1, N, T, S] for T queries from traced `index` on, keys 0..S-1."""
         buckets = relative_bucket(np.arange(-(S - 1), S), self.cfg, not causal)
         diagonals_NR = self.embedding[...].astype(jnp.float32)[buckets].T
-        row_NS = jax.lax.dynamic_slice_in_dim(diagonals_NR, S - 1 - index, S, axis=1)
-        return row_NS[None, :, None, :]
+        R = T + S - 1
+        rows_NR = jax.lax.dynamic_slice_in_dim(diagonals_NR, S - T - index, R, axis=1)
+        rows_NTR = jnp.broadcast_to(rows_NR[:, None], (len(rows_NR), T, R))
+        return skewed(rows_NTR, T, S)[None]
 
 
 def skewed(by_distance_XTR, T: int, S: int) -> jax.Array:

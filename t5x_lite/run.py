@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from t5x_lite import config as config_lib
-from t5x_lite import metrics, optim, sharding, state, vocab
+from t5x_lite import entities, metrics, optim, sharding, state, vocab
 from t5x_lite import model as model_lib
 from t5x_lite.data import pipeline, store
+from t5x_lite.objectives.entities import load_entities
 from t5x_lite.vocab import Vocab
 
 MOST_PADDED_IDS = 1024
@@ -42,7 +43,7 @@ class Setup:
         """
         prepare_jax(cfg)
         words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
-        cfg = resolve_vocab_size(cfg, words)
+        cfg = resolve_entities(resolve_vocab_size(cfg, words), words)
         mesh = sharding.make_mesh(cfg.sharding, devices)
         sizes = dataclasses.replace(cfg.sharding, **mesh.shape)
         cfg = dataclasses.replace(cfg, sharding=sizes)
@@ -128,7 +129,13 @@ class Setup:
         return sharding.to_device(batch, self.batch_sharding)
 
     def create_state(self) -> dict:
-        return state.create(self.model, self.tx, self.abstract_state, self.cfg.seed)
+        fresh = state.create(self.model, self.tx, self.abstract_state, self.cfg.seed)
+        if self.cfg.model.d_entity:
+            given = load_entities(self.cfg.objective["entities"], self.vocab)
+            if given.embeddings_EC is not None:
+                params = entities.with_embeddings(fresh["params"], given.embeddings_EC)
+                fresh |= {"params": params}
+        return fresh
 
     def heldout_steps(self) -> range:
         """Indices of the held-out batches to evaluate on."""
@@ -172,7 +179,15 @@ def check_fit(cfg: config_lib.Config, batches: pipeline.Batches):
                 f"{longest} tokens of a stream. Set it to {longest} or more, or lower "
                 "config.data.inputs_length."
             )
-    labels = batches[0][model_lib.trained_stream(model)].get("labels")
+    stream = batches[0][model_lib.trained_stream(model)]
+    if ("entities" in stream) != (model.d_entity > 0):
+        raise ValueError(
+            f"config.objective.name={name!r} "
+            f"{'aligns' if 'entities' in stream else 'does not align'} entities, but "
+            f"config.model.d_entity={model.d_entity}. Set it to "
+            f"{'100, say' if 'entities' in stream else 0}."
+        )
+    labels = stream.get("labels")
     if (labels is not None) != (model.classes > 0):
         raise ValueError(
             f"config.objective {dict(cfg.objective)} "
@@ -197,6 +212,23 @@ def prepare_jax(cfg: config_lib.Config):
         pathlib.Path(cfg.compile_cache).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", cfg.compile_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def resolve_entities(cfg: config_lib.Config, words: Vocab) -> config_lib.Config:
+    """Fills in config.model.entities=0; refuses fewer than the file has."""
+    size, path = cfg.model.entities, cfg.objective.get("entities")
+    if not cfg.model.d_entity or not path:
+        return cfg
+    count = load_entities(path, words).count
+    size = size or -(-count // 128) * 128
+    if size < count:
+        raise ValueError(
+            f"config.model.entities={size}, but config.objective.entities={path!r} "
+            f"holds {count}. Set {count} or more, or 0 for the next multiple of 128."
+        )
+    return dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, entities=size)
+    )
 
 
 def resolve_vocab_size(cfg: config_lib.Config, words: Vocab) -> config_lib.Config:

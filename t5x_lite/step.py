@@ -24,6 +24,9 @@ def totals(batch: dict, cfg: Config) -> dict[str, jax.Array]:
     found = {"tokens": jnp.sum(stream["weights"])}
     if "labels" in stream:
         found["classes"] = jnp.sum(row_weights(stream))
+    if "entity_targets" in stream:
+        there_BM = (stream["entity_targets"] > 0).astype(jnp.float32)
+        found["entities"] = jnp.sum(there_BM * row_weights(stream)[:, None])
     if cfg.model.generator_width:
         found["replaced"] = jnp.sum(text_weights(stream))
     return {name: jnp.maximum(total, 1.0) for name, total in found.items()}
@@ -79,6 +82,8 @@ def batch_sums(
             rows_B = row_weights(stream)
             logits_BC, labels_B = out.classes_BC, stream["labels"]
             sums["classes"] = losses.classification(logits_BC, labels_B, rows_B)
+        if out.mentions_BMC is not None:
+            sums["entities"] = bound.entity_sums(out, stream, row_weights(stream))
     objective = jnp.zeros((), jnp.float32)
     for name, each in sums.items():
         factor = cfg.loss.replaced_weight if name == "replaced" else 1.0

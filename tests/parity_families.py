@@ -120,8 +120,7 @@ def forward(name: str, cfg: ModelConfig, params: dict, arrays: dict) -> dict[str
         if name == "electra_discriminator":
             scores_BT = bound.scores(batch["main"], batch["main"]["tokens"])
             seen_BT = (batch["main"]["segments"] > 0).astype(jnp.float32)
-            with jax.numpy_dtype_promotion("standard"):
-                sums = losses.binary(scores_BT, arrays["labels"] > 0, seen_BT)
+            sums = losses.binary(scores_BT, arrays["labels"] > 0, seen_BT)
             return dict(logits=scores_BT, loss=sums.nll / sums.weight)
         if name == "electra_generator":
             places = dict(places=batch["main"]["positions"])
@@ -155,8 +154,7 @@ def loss(cfg: ModelConfig, params: dict, batch: dict):
     """What our train step minimises, without z-loss."""
     whole = Config(model=cfg, loss=LossConfig(z_loss=0.0))
     net = model_lib.build(cfg)
-    with jax.numpy_dtype_promotion("standard"):  # losses count hits: bool * float32
-        return step.batch_sums(net, params, batch, whole, cfg.vocab_size)[0]
+    return step.batch_sums(net, params, batch, whole, cfg.vocab_size)[0]
 
 
 def compare_outputs(name: str, cfg: ModelConfig, params: dict, arrays: dict) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from t5x_lite.objectives import bart, denoising, lm, masking, pairs, pseudo
+from t5x_lite.objectives import bart, denoising, entities, lm, masking, pairs, pseudo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,13 @@ OBJECTIVES = {
     ),
     "masked_lm": Objective(
         masking.masked_lm, ENCODER, masking.masked_lm_lengths, "example", _by_sentences
+    ),
+    "masked_lm_entities": Objective(
+        entities.masked_lm_entities,
+        ENCODER,
+        entities.masked_lm_entities_lengths,
+        "example",
+        _by_sentences,
     ),
     "causal_lm": Objective(
         lm.causal_lm, frozenset({"decoder"}), lm.causal_lm_lengths, "example"

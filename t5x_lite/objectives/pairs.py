@@ -149,6 +149,7 @@ def prefix_lm(
     return Pair(
         denoising.pack(tokens_BT, given_BT, inputs, vocab),
         denoising.pack(tokens_BT, ~given_BT, targets, vocab),
+        longest=T + 2,  # and two EOS, wherever the split is
     )
 
 

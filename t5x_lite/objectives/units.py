@@ -68,7 +68,9 @@ def unit_starts(
         return np.ones_like(edges_BT)
     starts_BT = vocab.starts_word(tokens_BT) | edges_BT
     if units == "phrase":
-        starts_BT = _phrase_starts(tokens_BT, starts_BT, load_phrases(spans, vocab))
+        phrases = load_phrases(spans, vocab)
+        numbers_BT, inside_BT = find_phrases(tokens_BT, starts_BT, phrases)
+        starts_BT = starts_BT & ~inside_BT | (numbers_BT >= 0)
     return starts_BT
 
 
@@ -163,9 +165,10 @@ class _Phrases:
 
     ids_Pn: np.ndarray
     hashes_P: np.ndarray
+    numbers_P: np.ndarray
 
     def found(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """bool [B, T - n + 1]: where one of the phrases stands."""
+        """int64 [B, T - n + 1]: number of the phrase that stands there, -1 = none."""
         n = self.ids_Pn.shape[1]
         windows_BWn = np.lib.stride_tricks.sliding_window_view(tokens_BT, n, axis=1)
         hashes_BW = _hash(windows_BWn)
@@ -176,7 +179,7 @@ class _Phrases:
         found_BW[found_BW] = (
             self.ids_Pn[at_BW[found_BW]] == windows_BWn[found_BW]
         ).all(axis=-1)
-        return found_BW
+        return np.where(found_BW, self.numbers_P[at_BW], -1)
 
 
 def _hash(ids: np.ndarray) -> np.ndarray:
@@ -191,7 +194,23 @@ def _hash(ids: np.ndarray) -> np.ndarray:
 def load_phrases(path: str, vocab: Vocab) -> dict[int, _Phrases]:
     """Length in tokens -> phrases of that length; single tokens are left out.
 
+    Raises:
+        FileNotFoundError, ValueError: see `read_phrases`; or all are single tokens.
+    """
+    tables = by_length(read_phrases(path, vocab, "spans"))
+    tables.pop(1, None)
+    if not tables:
+        raise ValueError(f"spans={path!r} holds no phrase of two tokens or more.")
+    return tables
+
+
+def read_phrases(path: str, vocab: Vocab, knob: str) -> list[tuple[int, ...]]:
+    """The token ids of each phrase, in the file's order.
+
     A line of a .txt file is encoded with a space before it, as it stands in text.
+
+    Args:
+        knob: the name of `path` in the errors.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -199,63 +218,81 @@ def load_phrases(path: str, vocab: Vocab) -> dict[int, _Phrases]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"spans={path!r}: there is no such file. Allowed: a .txt with a phrase a "
+            f"{knob}={path!r}: there is no such file. Allowed: a .txt with a phrase a "
             "line, or the .npz of `python -m t5x_lite.data.mining phrases`."
         )
     if path.endswith(".txt"):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         texts = [" " + line.strip() for line in lines if line.strip()]
-        phrases = [tuple(ids.tolist()) for ids in vocab.encode_batch(texts)]
-    else:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                table_Pn, fingerprint = file["phrases"], str(file["vocab"])
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"spans={path!r} is no file of `python -m t5x_lite.data.mining "
-                f"phrases`: {error}"
-            ) from error
-        if fingerprint != vocab.fingerprint:
-            raise ValueError(
-                f"spans={path!r} was mined with vocabulary {fingerprint}, but "
-                f"{vocab.spec!r} is {vocab.fingerprint}. Mine it again with this one."
-            )
-        phrases = [tuple(i for i in row if i >= 0) for row in table_Pn.tolist()]
-    by_length: dict[int, list] = {}
-    for phrase in sorted(set(phrases)):
-        if len(phrase) > 1:
-            by_length.setdefault(len(phrase), []).append(phrase)
-    if not by_length:
-        raise ValueError(f"spans={path!r} holds no phrase of two tokens or more.")
+        return [tuple(ids.tolist()) for ids in vocab.encode_batch(texts)]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            table_Pn, fingerprint = file["phrases"], str(file["vocab"])
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{knob}={path!r} is no file of `python -m t5x_lite.data.mining "
+            f"phrases`: {error}"
+        ) from error
+    if fingerprint != vocab.fingerprint:
+        raise ValueError(
+            f"{knob}={path!r} was mined with vocabulary {fingerprint}, but "
+            f"{vocab.spec!r} is {vocab.fingerprint}. Mine it again with this one."
+        )
+    return [tuple(i for i in row if i >= 0) for row in table_Pn.tolist()]
+
+
+def by_length(phrases: Sequence[tuple[int, ...]]) -> dict[int, _Phrases]:
+    """Length in tokens -> phrases of that length, numbered as in `phrases`.
+
+    Of equal phrases the first one counts.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    for number, phrase in enumerate(phrases):
+        numbers.setdefault(phrase, number)
+    rows: dict[int, list] = {}
+    for phrase in sorted(numbers):
+        if phrase:
+            rows.setdefault(len(phrase), []).append(phrase)
     tables = {}
-    for n, rows in by_length.items():
-        ids_Pn = np.array(rows, np.int32)
+    for n, each in rows.items():
+        ids_Pn = np.array(each, np.int32)
         hashes_P = _hash(ids_Pn)
         order_P = np.argsort(hashes_P, kind="stable")
-        tables[n] = _Phrases(ids_Pn[order_P], hashes_P[order_P])
+        numbers_P = np.array([numbers[phrase] for phrase in each], np.int64)
+        tables[n] = _Phrases(ids_Pn[order_P], hashes_P[order_P], numbers_P[order_P])
     return tables
 
 
-def _phrase_starts(tokens_BT, starts_BT, phrases: dict[int, _Phrases]) -> np.ndarray:
-    """Word starts without those inside a phrase; long phrases first, then leftmost."""
+def find_phrases(
+    tokens_BT: np.ndarray, starts_BT: np.ndarray, phrases: dict[int, _Phrases]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Phrases of whole words that do not overlap: long ones first, then leftmost.
+
+    Args:
+        tokens_BT: int32 [B, T].
+        starts_BT: bool [B, T], where words begin.
+        phrases: see `by_length`.
+
+    Returns:
+        (numbers_BT int64, of the phrase that begins at a token, -1 = none;
+        inside_BT bool, the tokens of all phrases).
+    """
     T = tokens_BT.shape[1]
     ends_BT = np.ones_like(starts_BT)
     ends_BT[:, :-1] = starts_BT[:, 1:]
-    result_BT, inside_BT = starts_BT.copy(), np.zeros_like(starts_BT)
+    numbers_BT = np.full(tokens_BT.shape, -1, np.int64)
+    inside_BT = np.zeros_like(starts_BT)
     for n in sorted((n for n in phrases if n <= T), reverse=True):
         W = T - n + 1
-        found_BW = phrases[n].found(tokens_BT)
-        found_BW &= starts_BT[:, :W] & ends_BT[:, n - 1 :]
+        each_BW = phrases[n].found(tokens_BT)
+        found_BW = (each_BW >= 0) & starts_BT[:, :W] & ends_BT[:, n - 1 :]
         for i in range(n):
             found_BW &= ~inside_BT[:, i : i + W]
         found_BW = _apart(found_BW, n)
-        covered_BT = np.zeros_like(inside_BT)
         for i in range(n):
-            covered_BT[:, i : i + W] |= found_BW
-        result_BT &= ~covered_BT
-        result_BT[:, :W] |= found_BW
-        inside_BT |= covered_BT
-    return result_BT
+            inside_BT[:, i : i + W] |= found_BW
+        numbers_BT[:, :W][found_BW] = each_BW[found_BW]
+    return numbers_BT, inside_BT
 
 
 def _apart(found_BW: np.ndarray, n: int) -> np.ndarray:

@@ -1,0 +1,65 @@
+"""How a token is drawn from logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits.
+
+    Attributes:
+      temperature: divides the logits; 0 = greedy, the most likely token.
+      top_k: only the k most likely tokens; 0 = all (Fan et al. 2018).
+      top_p: only the most likely tokens that together reach this probability; 0 = all
+        (Holtzman et al. 2020). The token that crosses it is kept.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature} must be 0 (greedy) or positive."
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0 (0 = all).")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must be in [0, 1] (0 = all).")
+        if self.temperature == 0.0 and (self.top_k or self.top_p):
+            raise ValueError(
+                f"top_k={self.top_k}, top_p={self.top_p} do nothing with temperature=0 "
+                "(greedy). Set a temperature, 1.0 say."
+            )
+
+
+def restrict(logits_BV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
+    """Logits with -inf for tokens outside the top k and the top p; see `Sampling`.
+
+    Of equally likely tokens the lower ids count as more likely.
+    """
+    order_BV = jnp.argsort(logits_BV, axis=-1, stable=True, descending=True)
+    rank_BV = jnp.argsort(order_BV, axis=-1)
+    if top_k:
+        logits_BV = jnp.where(rank_BV < top_k, logits_BV, -jnp.inf)
+    if top_p:
+        sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+        before_BV = jnp.take_along_axis(before_BV, rank_BV, axis=-1)
+        # The first one stays even if top_p is below any float32 probability.
+        inside_BV = (before_BV < top_p) | (rank_BV == 0)
+        logits_BV = jnp.where(inside_BV, logits_BV, -jnp.inf)
+    return logits_BV
+
+
+def draw(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
+    """Token ids [B] int32."""
+    if how.temperature == 0.0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = restrict(logits_BV / how.temperature, how.top_k, how.top_p)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
