@@ -55,9 +55,10 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same experiment in two tiny steps: depth 2, width 32, bytes, demo text."""
     c.steps, c.eval_every, c.eval_batches, c.log_every = 2, 2, 1, 1
     c.checkpoint.every = 2
-    _shrink(c, layers=2, d_model=32, heads=2, length=64)
+    _shrink(c, layers=2, d_model=32, heads=4, length=64)
     c.data.batch_size = 8
-    if not {"spans", "similar", "entities"} & set(c.objective):  # their ids are of the 4k pieces
+    # The ids in these files are of the 4k pieces.
+    if not {"spans", "similar", "entities"} & set(c.objective):
         c.data.vocab = "bytes"
     c.optim.update(dict(warmup_steps=1, decay_steps=0))
     return c
@@ -92,10 +93,11 @@ def _shrink(c, *, layers: int, d_model: int, heads: int, length: int):
         dict(
             train="data/train.jsonl",
             heldout="data/heldout.jsonl",
-            vocab="data/vocab_4k.model",
             inputs_length=length,
         )
     )
+    if c.data.vocab != "bytes":
+        c.data.vocab = "data/vocab_4k.model"
     m = c.model
     m.update(
         dict(

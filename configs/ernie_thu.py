@@ -10,9 +10,10 @@ entities.npz holds mentions and, optionally, the entities' embeddings: see
     python -m t5x_lite.data.mining phrases --data='corpus/*.jsonl' \\
         --vocab=spiece.model --output=data/phrases_4k.npz
 
-Embeddings of the file can be held fixed, as in the paper, with
-config.optim.lr_rules=(("entity_embedding",0.0),(".*",1.0)). The paper starts from
-BERT's weights; here all but these embeddings starts from random ones.
+Embeddings of the file can be held fixed, as in the released code, with
+config.optim.lr_rules=(("entity_embedding",0.0),(".*",1.0)). That code starts from
+BERT's weights and goes through Wikipedia once, 256 examples of 256 tokens a step; here
+all but the file's embeddings starts from random weights, and the steps are BERT's.
 
 Hardware, wall time, held-out loss: not yet measured; not measured on GPU."""
 
@@ -25,9 +26,9 @@ def get_config(arg=""):
     base.set_objective(
         c, "masked_lm_entities", sentence="nsp", entities="data/phrases_4k.npz"
     )
-    base.adamw(c, 5e-5, 4_000)
+    base.adamw(c, 1e-4, 10_000)
     c.data.inputs_length = 256
-    c.steps, c.data.batch_size = 100_000, 512
+    c.steps, c.data.batch_size = 1_000_000, 256
     c.eval_every = 2_000
     c.checkpoint.keep_every = 10_000
     c.model.dtype = "bfloat16"

@@ -199,7 +199,10 @@ def make_meta(cfg: config_lib.Config, step: int, data: dict) -> dict:
 # What the stored arrays depend on, and what the sequence of batches depends on.
 _STATE_KEYS = ("model", "optim.name", "optim.lr_rules")
 _FREE_MODEL_KEYS = ("attention", "dropout", "dtype", "remat", "scan")
-_ORDER_KEYS = ("seed", "objective", "data.batch_size", "data.inputs_length")
+_ORDER_KEYS = (
+    *("seed", "objective", "data.batch_size", "data.inputs_length"),
+    *("data.train_inputs", "data.static_noise"),
+)
 
 
 def check_compatible(meta: dict, cfg: config_lib.Config, data: dict):

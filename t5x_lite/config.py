@@ -362,12 +362,62 @@ def _cross_checks(c: Config):
                     f"config.model.{name}={value!r} does not go with d_entity="
                     f"{c.model.d_entity}: allowed is {' or '.join(map(repr, allowed))}."
                 )
+    yield from _model_checks(c.model)
     sizes = (c.sharding.data, c.sharding.fsdp, c.sharding.tensor)
     if 0 in sizes or sizes.count(-1) > 1:
         yield (
             f"config.sharding data, fsdp, tensor = {sizes}: each must be >= 1, and at "
             "most one -1 (inferred)."
         )
+
+
+def _model_checks(m: ModelConfig):
+    single = m.structure != "encoder_decoder"
+    rows = (
+        (
+            m.d_embed and not m.transform_output,
+            f"d_embed={m.d_embed} needs transform_output=True, which maps the stack's "
+            "output back to that width.",
+        ),
+        (
+            m.share_stacks and (single or m.encoder_layers != m.decoder_layers),
+            f"share_stacks=True needs structure='encoder_decoder' (here {m.structure!r}"
+            f") and encoder_layers={m.encoder_layers} equal to decoder_layers="
+            f"{m.decoder_layers}.",
+        ),
+        (
+            m.memory_length and m.positions != "transformer_xl",
+            f"memory_length={m.memory_length} needs positions='transformer_xl' (here "
+            f"{m.positions!r}), which count on from the memory. Set it to 0.",
+        ),
+        (
+            m.memory_length and not single,
+            f"memory_length={m.memory_length} needs a single stack. Set it to 0.",
+        ),
+        (
+            m.window and m.structure not in ("decoder", "prefix_lm"),
+            f"window={m.window} needs structure 'decoder' or 'prefix_lm', here "
+            f"{m.structure!r}. Set it to 0.",
+        ),
+        (
+            m.generator_width and m.structure != "encoder",
+            f"generator_width={m.generator_width} (ELECTRA) needs structure='encoder', "
+            f"here {m.structure!r}. Set it to 0.",
+        ),
+        (
+            m.positions == "prophetnet" and single,
+            f"positions='prophetnet' needs structure='encoder_decoder', here "
+            f"{m.structure!r}.",
+        ),
+        (
+            m.positions in ("functional", "transformer_xl", "prophetnet")
+            and m.attention == "rows",
+            f"attention='rows' cannot compute positions={m.positions!r}. Use 'einsum'.",
+        ),
+    )
+    for wrong, text in rows:
+        if wrong:
+            yield f"config.model.{text}"
 
 
 def describe() -> str:

@@ -9,7 +9,7 @@ of a single stack is the text it goes on from.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +94,8 @@ def init_cache(bound: Any, B: int, length: int, memory_BSD=None) -> Cache:
     return Cache(empty, empty, *cross)
 
 
-def _stack(bound: Any) -> model_lib.Stack:
-    paired = bound.cfg.structure == "encoder_decoder"
-    return bound.decoder if paired else bound.stack
+def _stack(bound: Any) -> Any:
+    return bound.decoder if hasattr(bound, "decoder") else bound.stack
 
 
 def decode_step(
@@ -176,36 +175,48 @@ def generate(
     else:
         whole = f"a prompt of {read} tokens with max_length={max_length}"
         check_room(model.cfg, read + max_length - 1, whole)
-    key = _key(how, key)
     settings = (max_length, eos_id, used_ids, how, pad_id)
-    return _generate(params, stream, key, model.cfg, *settings)
+    return _generate(params, stream, how.key(key), model.cfg, *settings)
 
 
-def _key(how: Sampling, key: jax.Array | None) -> jax.Array:
-    if key is None and how.temperature:
-        raise ValueError(f"temperature={how.temperature} samples: give a key.")
-    return jax.random.key(0) if key is None else key
+class Start(NamedTuple):
+    """What decoding starts from: the prompt has been read.
+
+    The first step reads the prompt's last token `last_B` in cell `index` (again, if the
+    prompt has others), so that all steps are the same.
+    """
+
+    last_B: jax.Array
+    index: int
+    cache: Cache
+    cells: Cells
+    memory: Cells | None
+
+
+def begin(bound: Any, stream: dict, max_length: int, pad_id: int) -> Start:
+    """Reads what a stream holds, with room for `max_length` tokens behind it."""
+    prompt_BP, segments_BP = stream["tokens"], stream["segments"]
+    memory_BSD = memory = None
+    if bound.cfg.structure == "encoder_decoder":
+        memory_BSD, memory = bound.encode(stream), Cells.of(stream)
+        prompt_BP = jnp.full((len(prompt_BP), 1), pad_id, jnp.int32)
+        segments_BP = jnp.ones_like(prompt_BP)
+    B, P = prompt_BP.shape
+    S = P + max_length - 1  # the last token that is written is not read
+    prompt_BP, cells = layout(bound.cfg, prompt_BP, segments_BP, S)
+    cache = init_cache(bound, B, S, memory_BSD)
+    if P > 1:
+        zero = jnp.zeros((), jnp.int32)
+        _, cache = decode_step(bound, prompt_BP, zero, cache, cells, memory)
+    return Start(prompt_BP[:, -1], P - 1, cache, cells, memory)
 
 
 @functools.partial(jax.jit, static_argnums=range(3, 9))
 def _generate(params, stream, key, cfg, max_length, eos_id, used_ids, how, pad_id):
     cast = jax.tree.map(lambda p: p.astype(cfg.dtype), params)
     bound: Any = model_lib.bind(model_lib.build(cfg), cast)
-    B = stream["tokens"].shape[0]
     unused_1V = jnp.arange(cfg.vocab_size)[None] >= used_ids
-    prompt_BP, segments_BP = stream["tokens"], stream["segments"]
-    memory_BSD = memory_cells = None
-    if cfg.structure == "encoder_decoder":
-        memory_BSD, memory_cells = bound.encode(stream), Cells.of(stream)
-        prompt_BP = jnp.full((B, 1), pad_id, jnp.int32)
-        segments_BP = jnp.ones_like(prompt_BP)
-    P = prompt_BP.shape[1]
-    S = P + max_length - 1  # the last token that is written is not read
-    prompt_BP, cells = layout(cfg, prompt_BP, segments_BP, S)
-    cache = init_cache(bound, B, S, memory_BSD)
-    if P > 1:
-        zero = jnp.zeros((), jnp.int32)
-        _, cache = decode_step(bound, prompt_BP, zero, cache, cells, memory_cells)
+    start = begin(bound, stream, max_length, pad_id)
 
     def unfinished(carry):
         index, _, _, ended_B, _, _ = carry
@@ -213,9 +224,13 @@ def _generate(params, stream, key, cfg, max_length, eos_id, used_ids, how, pad_i
 
     def body(carry):
         index, tokens_BT, last_B, ended_B, score_B, cache = carry
-        # The first step reads the prompt's last token, once more if there are others.
         logits_BV, cache = decode_step(
-            bound, last_B[:, None], P - 1 + index, cache, cells, memory_cells
+            bound,
+            last_B[:, None],
+            start.index + index,
+            cache,
+            start.cells,
+            start.memory,
         )
         logits_BV = jnp.where(unused_1V, -jnp.inf, logits_BV)
         next_B = draw(logits_BV, jax.random.fold_in(key, index), how)
@@ -231,50 +246,11 @@ def _generate(params, stream, key, cfg, max_length, eos_id, used_ids, how, pad_i
 
     carry = (
         jnp.zeros((), jnp.int32),
-        jnp.full((B, max_length), pad_id, jnp.int32),
-        prompt_BP[:, -1],
+        jnp.full((*start.last_B.shape, max_length), pad_id, jnp.int32),
+        start.last_B,
         jnp.all(stream["segments"] == 0, axis=1),
-        jnp.zeros((B,), jnp.float32),
-        cache,
+        jnp.zeros(start.last_B.shape, jnp.float32),
+        start.cache,
     )
     _, tokens_BT, _, _, score_B, _ = jax.lax.while_loop(unfinished, body, carry)
     return tokens_BT, score_B
-
-
-def predict(
-    model: Any,
-    params: dict,
-    batch: dict,
-    allowed_V: np.ndarray,
-    how: Sampling | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Draws every predicted place of a batch by itself, all in one pass.
-
-    Args:
-      batch: streams as in training; targets and weights are not read.
-      allowed_V: bool by id, the ids that may be drawn.
-
-    Returns:
-      (tokens int32 [B, K], their log-probabilities among the allowed, float32 [B, K]).
-    """
-    how = how or Sampling()
-    for name, stream in batch.items():
-        longest = int(np.max(np.asarray(stream["positions"]))) + 1
-        check_room(model.cfg, longest, f"the {name} stream")
-    missing = model.cfg.vocab_size - len(allowed_V)
-    allowed_V = np.pad(np.asarray(allowed_V, bool), (0, missing))
-    return _predict(params, batch, allowed_V, _key(how, key), model.cfg, how)
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _predict(params, batch, allowed_V, key, cfg, how):
-    cast = jax.tree.map(lambda p: p.astype(cfg.dtype), params)
-    bound: Any = model_lib.bind(model_lib.build(cfg), cast)
-    logits_BKV = bound.logits(bound.outputs(batch).cells_BKE)
-    B, K, V = logits_BKV.shape
-    logits_XV = jnp.where(allowed_V[None], logits_BKV.reshape(B * K, V), -jnp.inf)
-    tokens_X = draw(logits_XV, key, how)
-    logp_XV = jax.nn.log_softmax(logits_XV, axis=-1)
-    logp_X1 = jnp.take_along_axis(logp_XV, tokens_X[:, None], axis=-1)
-    return tokens_X.reshape(B, K), logp_X1.reshape(B, K)

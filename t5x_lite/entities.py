@@ -77,9 +77,7 @@ class Aggregator(nnx.Module):
             y = attention(x, kv, visible, None, layers.fold(key, n))
             return added(x, y, norm, n + 1)
 
-        x_BTD = attended(
-            x_BTD, self.attention, self.attention_norm, ctx.visible_BTS, 0
-        )
+        x_BTD = attended(x_BTD, self.attention, self.attention_norm, ctx.visible_BTS, 0)
         e_BMC = attended(
             e_BMC, self.entity_attention, self.entity_attention_norm, at.visible_BMM, 2
         )

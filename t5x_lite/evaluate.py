@@ -16,8 +16,13 @@ import jax
 import numpy as np
 import tqdm
 
-from t5x_lite import checkpoint, cli, generate, run, sharding, step
+from t5x_lite import checkpoint, cli, generate, prompts, run, sharding, step
 from t5x_lite.data import sources
+from t5x_lite.model import trained_stream
+
+LONGEST = 32  # tokens of a sample
+CONTEXT = 12  # tokens shown before the first that is predicted
+WIDTH = 200  # characters of an example
 
 
 def main(argv: list[str] | None = None):
@@ -91,28 +96,90 @@ def sample_sentences(source: str, count: int, seed: int) -> list[str]:
 
 
 def print_samples(setup: run.Setup, params, count: int = 4):
-    """Prints held-out sentences with gaps, what the model fills in, and the truth.
+    """Prints what the model makes of a few held-out examples, and the truth.
 
-    Only for models that have learned to fill gaps: encoder-decoders with sentinels.
+    Sentences with gaps or without their end, if the model learned to complete these;
+    else places that it predicts in the text. Nothing for other text-to-text tasks.
     """
-    learned = setup.cfg.objective["name"] in ("span_corruption", "ul2")
-    if not learned or setup.cfg.model.structure != "encoder_decoder":
-        return
+    try:
+        lines = samples(setup, params, count)
+    except Exception as e:  # a picture for people may not fail hours of training
+        lines = [f"no samples to show: {type(e).__name__}: {e}"]
+    if lines:
+        print("\n".join(lines))
+
+
+def samples(setup: run.Setup, params, count: int) -> list[str]:
+    """Lines of text, see `print_samples`."""
+    stream = setup.heldout_batches[0][trained_stream(setup.cfg.model)]
+    if "places" in stream:
+        return in_place(setup, params, count)
+    try:
+        task = prompts.task_of(setup.cfg)
+    except ValueError:
+        return []  # BART, MASS, ...
     rng = np.random.default_rng(setup.cfg.seed)
     texts = sample_sentences(setup.cfg.data.heldout, count, setup.cfg.seed)
     if not texts:
-        return
-    gapped = []
+        return []
+    given = []
     for text in texts:
         words = text.split()
-        for third in (0, 1):
-            at = rng.integers(1, len(words) // 2 - 1) + third * (len(words) // 2)
-            words[at : at + int(rng.integers(1, 3))] = ["___"]
-        gapped.append(" ".join(words))
-    filled = generate.fill(setup.model, params, setup.vocab, gapped)
-    print("held-out sentences, their gaps filled in by the model:")
-    for truth, gaps, fill in zip(texts, gapped, filled, strict=True):
-        print(f"  text   {truth}\n  gaps   {gaps}\n  model  {fill}\n")
+        if task.kind == "continue":
+            words = words[: len(words) // 2]
+        else:
+            for third in (0, 1):
+                at = rng.integers(1, len(words) // 2 - 1) + third * (len(words) // 2)
+                words[at : at + int(rng.integers(1, 3))] = ["___"]
+        given.append(" ".join(words))
+    made = generate.fill(
+        setup.model, params, setup.vocab, given, task=task, max_length=LONGEST
+    )
+    lines = ["held-out sentences, what the model wrote in [brackets]:"]
+    for truth, one in zip(texts, made, strict=True):
+        lines += [f"  text   {truth}", f"  model  {one}", ""]
+    return lines
+
+
+def in_place(setup: run.Setup, params, count: int) -> list[str]:
+    """A window of a few held-out examples, their predicted places marked."""
+    words, batch = setup.vocab, setup.heldout_batches[0]
+    few = {
+        name: {k: v[:count] for k, v in stream.items()}
+        for name, stream in batch.items()
+        if isinstance(stream, dict)
+    }
+    used_V = np.ones(words.size, bool)
+    with sharding.unconstrained():
+        ids_BK, _ = generate.predict(setup.model, params, few, used_V)
+    ids_BK, main = np.asarray(ids_BK), few["main"]
+    T = main["tokens"].shape[1]
+    lines = ["held-out text, predicted places as [read→predicted|truth]:"]
+    for b in range(len(ids_BK)):
+        shown = [_spaced(words.label(int(i))) for i in main["tokens"][b]]
+        # Of several query streams the first.
+        chosen_K = (main["weights"][b] > 0) & (main["places"][b] < T)
+        places_K = main["places"][b][chosen_K]
+        if not len(places_K):
+            continue
+        for place, *ids in zip(
+            places_K, ids_BK[b][chosen_K], main["targets"][b][chosen_K], strict=True
+        ):
+            read = shown[place]
+            guess, truth = (_spaced(words.label(int(i))) for i in ids)
+            before = "" if read == truth else f"{read.strip(' []')}→"
+            space = " " * (truth[0] == " ")
+            shown[place] = f"{space}[{before}{guess.strip()}|{truth.strip()}]"
+        shown = shown[max(0, int(places_K.min()) - CONTEXT) :]
+        fits = int((np.cumsum([len(piece) for piece in shown]) <= WIDTH).sum())
+        more = " …" if fits < len(shown) else ""
+        lines.append(f"  {''.join(shown[:fits]).strip()}{more}")
+    return lines
+
+
+def _spaced(label: str) -> str:
+    """A piece as it stands in a text."""
+    return label.replace("\u2581", " ") or " "
 
 
 if __name__ == "__main__":

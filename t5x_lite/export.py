@@ -4,13 +4,15 @@
     python -m t5x_lite.export --workdir=runs/demo --output=out --layers=stacked
 
 Unrolled, layer 3's query is `decoder/blocks/03/attention/query` [D, N, H]; stacked, all
-layers are `decoder/blocks/attention/query` [L, D, N, H]. Read it with NumPy alone:
+layers are `decoder/blocks/attention/query` [L, D, N, H]; layers that share one block
+(ALBERT) have one array either way. Read it with NumPy alone:
 `numpy.load("out/params.npz")`. config.json holds the run's config and step.
 
 --verify reads the file back with NumPy, restacks it, and compares the logits of a fixed
-random batch with those from the checkpoint: they must be equal bit for bit.
+random batch (of all heads) with the checkpoint's: they must be equal bit for bit.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -28,6 +30,7 @@ import numpy as np
 from t5x_lite import checkpoint, cli, parameters
 from t5x_lite import config as config_lib
 from t5x_lite import model as model_lib
+from t5x_lite.config import ModelConfig
 
 LAYER = re.compile(r"/blocks/(\d+)/")
 LAYOUTS = ("unrolled", "stacked")
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None):
 
     cfg, model, params, step, meta = checkpoint.load_run(flags.workdir, flags.step)
     arrays = flatten(params)
-    if flags.layers == "unrolled":
+    if flags.layers == "unrolled" and not cfg.model.share_layers:
         arrays = unroll(arrays)
     arrays = {name: a.astype(flags.dtype) for name, a in arrays.items()}
     about = {
@@ -177,7 +180,7 @@ def read(output: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, json.loads((path.parent / "config.json").read_text())
 
 
-def load(output) -> tuple[model_lib.EncoderDecoder, dict]:
+def load(output) -> tuple[Any, dict]:
     """(model, float32 params) of an export, either layout.
 
     Raises:
@@ -202,7 +205,7 @@ def load(output) -> tuple[model_lib.EncoderDecoder, dict]:
     return model, parameters.nested(split)
 
 
-def verify(output, model: model_lib.EncoderDecoder, params: dict) -> str:
+def verify(output, model: Any, params: dict) -> str:
     """Compares the export's logits with those of `params`; a line that says equal.
 
     Raises:
@@ -212,9 +215,9 @@ def verify(output, model: model_lib.EncoderDecoder, params: dict) -> str:
     again, from_file = load(output)
     dtype = read(output)[1]["dtype"]
     params = jax.tree.map(lambda p: p.astype(dtype).astype("float32"), params)
-    batch = fixed_batch(model.cfg.vocab_size)
-    want = np.asarray(logits(model, params, batch))
-    got = np.asarray(logits(again, from_file, batch))
+    batch = fixed_batch(model.cfg)
+    want = np.asarray(logits(model.cfg, params, batch))
+    got = np.asarray(logits(again.cfg, from_file, batch))
     if not np.array_equal(want, got):
         worst = np.max(np.abs(want - got))
         raise ValueError(
@@ -227,32 +230,53 @@ def verify(output, model: model_lib.EncoderDecoder, params: dict) -> str:
     )
 
 
-def logits(model: model_lib.EncoderDecoder, params: dict, batch: dict) -> jax.Array:
-    """float32 [B, T, V] in the compute dtype of the model's config."""
+@functools.partial(jax.jit, static_argnums=0)
+def logits(cfg: ModelConfig, params: dict, batch: dict) -> jax.Array:
+    """float32 [all logits of all heads], in the compute dtype of the config."""
+    cast = jax.tree.map(lambda p: p.astype(cfg.dtype), params)
+    bound = model_lib.bind(model_lib.build(cfg), cast)
+    out = bound.outputs(batch)
+    found = [bound.logits(out.cells_BKE), out.classes_BC]
+    if cfg.generator_width:
+        found.append(bound.scores(batch["main"], batch["main"]["tokens"]))
+    return jnp.concatenate([x.ravel() for x in found if x is not None])
 
-    @jax.jit
-    def forward(params, batch):
-        cast = jax.tree.map(lambda p: p.astype(model.cfg.dtype), params)
-        bound: Any = model_lib.bind(model, cast)
-        return bound.logits(bound.outputs(batch).cells_BKE)
 
-    return forward(params, batch)
-
-
-def fixed_batch(vocab_size: int, B: int = 2, S: int = 16, T: int = 8) -> dict:
-    """A random encoder-decoder batch that depends on its sizes alone."""
+def fixed_batch(cfg: ModelConfig, B: int = 2) -> dict:
+    """A random batch for a model that reaches all its parameters; see `example`."""
     rng = np.random.default_rng(0)
+    S = min(16, cfg.max_positions - 1)  # ProphetNet looks one place ahead
+    T, G = S // 2, cfg.query_streams
 
     def stream(length: int, causal: bool) -> dict:
         positions = np.tile(np.arange(length, dtype=np.int32), (B, 1))
-        return {
-            "tokens": rng.integers(0, vocab_size, (B, length)).astype(np.int32),
+        made = {
+            "tokens": rng.integers(0, cfg.vocab_size, (B, length), np.int32),
             "positions": positions,
             "segments": np.ones_like(positions),
-            "ranks": positions if causal else np.zeros_like(positions),
+            "ranks": positions * causal,
         }
+        if cfg.types:
+            made["types"] = rng.integers(0, cfg.types, (B, length), np.int32)
+        return made
 
-    return {"encoder": stream(S, False), "decoder": stream(T, True)}
+    if cfg.structure == "encoder_decoder":
+        batch = {"encoder": stream(S, False), "decoder": stream(T, True)}
+    else:
+        batch = {"main": stream(S, cfg.structure != "encoder")}
+    if cfg.memory_length:
+        batch["memory"] = stream(T, False)
+    trained = batch[model_lib.trained_stream(cfg)]
+    if G:
+        trained["query_ranks"] = np.stack([trained["ranks"]] * G, axis=1)
+        if cfg.positions != "transformer_xl":  # XLNet's query cells see no other
+            cells = np.arange(trained["query_ranks"][0].size, dtype=np.int32) + 1
+            groups = cells.reshape(1, G, -1)
+            trained["query_groups"] = np.repeat(groups, B, axis=0)
+    if cfg.structure in ("encoder", "permuted"):
+        places = np.arange(0, S * max(G, 1), 2, dtype=np.int32)
+        trained["places"] = np.tile(places, (B, 1))
+    return batch
 
 
 def table(arrays: dict[str, np.ndarray]) -> str:

@@ -88,6 +88,11 @@ def forward_flops(cfg: ModelConfig, shapes: dict[str, tuple[int, int, int]]) -> 
     whole = cfg.depth * (layer((1 + G) * T, M + T) + (layer(M, M) if M else 0)) + head(
         K
     )
+    if cfg.d_entity:
+        C, mentions = cfg.d_entity, T // 2
+        own = mentions * 2 * (4 * C * C + F * C) + 4 * mentions**2 * C + T * 2 * C * F
+        predict = mentions * 2 * C * (D + mentions)
+        return whole + cfg.entity_layers * (layer(T, T) + own) + predict
     if not cfg.generator_width:
         return whole
     generator = generator_config(cfg)

@@ -1,7 +1,7 @@
 """Texts of people -> what a model reads, and what it wrote -> text."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -74,7 +74,7 @@ def task_of(cfg: Config) -> Task:
     _refuse(name, "which neither fills gaps behind sentinels nor continues a text")
 
 
-def _refuse(name: str, what: str):
+def _refuse(name: str, what: str) -> NoReturn:
     raise ValueError(
         f"the run was trained with config.objective.name={name!r}, {what}. Gaps are "
         "filled by span_corruption, ul2, iid_denoising (style='spans') and by masked "
@@ -124,7 +124,7 @@ def encode(
     before = task.before
     if before == ("regular",) and gaps == 1 and not pieces[1].strip():
         before = ("sequential",)  # UL2's mode of a gap at the end
-    ids = [_marks(before, words)]
+    ids: list[Any] = [_marks(before, words)]
     for i, piece in enumerate(pieces[: gaps + 1]):
         ids.append(_encode_piece(piece.rstrip() if i < gaps else piece, i > 0, words))
         if i < gaps and task.kind == "masks":

@@ -187,6 +187,11 @@ def check_fit(cfg: config_lib.Config, batches: pipeline.Batches):
             f"config.model.d_entity={model.d_entity}. Set it to "
             f"{'100, say' if 'entities' in stream else 0}."
         )
+    if model.generator_width and "places" not in stream:
+        raise ValueError(
+            f"config.model.generator_width={model.generator_width} (ELECTRA) needs an "
+            f"objective that predicts masked places, masked_lm; here is {name!r}."
+        )
     labels = stream.get("labels")
     if (labels is not None) != (model.classes > 0):
         raise ValueError(
@@ -226,9 +231,7 @@ def resolve_entities(cfg: config_lib.Config, words: Vocab) -> config_lib.Config:
             f"config.model.entities={size}, but config.objective.entities={path!r} "
             f"holds {count}. Set {count} or more, or 0 for the next multiple of 128."
         )
-    return dataclasses.replace(
-        cfg, model=dataclasses.replace(cfg.model, entities=size)
-    )
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, entities=size))
 
 
 def resolve_vocab_size(cfg: config_lib.Config, words: Vocab) -> config_lib.Config:

@@ -36,6 +36,16 @@ class Sampling:
                 "(greedy). Set a temperature, 1.0 say."
             )
 
+    def key(self, given: jax.Array | None) -> jax.Array:
+        """The key to draw with; greedy needs none.
+
+        Raises:
+          ValueError: if there is none and the tokens are sampled.
+        """
+        if given is None and self.temperature:
+            raise ValueError(f"temperature={self.temperature} samples: give a key.")
+        return jax.random.key(0) if given is None else given
+
 
 def restrict(logits_BV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
     """Logits with -inf for tokens outside the top k and the top p; see `Sampling`.

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 from configs import models
-from t5x_lite import cli, config, example, metrics, model, parameters, run, step, train
+from t5x_lite import (
+    cli,
+    config,
+    example,
+    metrics,
+    model,
+    parameters,
+    run,
+    sharding,
+    step,
+    train,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOT_EXPERIMENTS = ("__init__", "base", "models")
@@ -71,7 +82,7 @@ def test_batches_keep_the_contract_and_depend_on_seed_and_step(name, small):
     assert set(batch["fingerprint"].tolist()).isdisjoint(other["fingerprint"].tolist())
 
 
-def sums_and_grads(setup: run.Setup, batch: dict, **changes):
+def sums_and_grads(setup: run.Setup, batch: dict, place=lambda tree: tree, **changes):
     """Objective, sums and gradients of one batch, as in the train step."""
     shape = dataclasses.replace(setup.cfg.model, dropout=0.0, **changes)
     cfg = dataclasses.replace(setup.cfg, model=shape)
@@ -91,7 +102,7 @@ def sums_and_grads(setup: run.Setup, batch: dict, **changes):
         return jax.value_and_grad(objective, has_aux=True)(params)
 
     with jax.default_matmul_precision("highest"):
-        (value, sums), grads = of(params)
+        (value, sums), grads = of(place(params))
     return value, sums, grads
 
 
@@ -151,13 +162,15 @@ def test_no_cell_depends_on_what_it_may_not_see(name, small):
     reached_KT = np.abs(np.asarray(gradients(zero))).sum(-1) > 0
 
     ctx = model.context(cfg, stream, batch.get("memory"))
+    assert ctx.grid is not None
     own = slice(ctx.grid.memory, None)
     queries = ctx.visible_BTS.shape[1]
     reach = np.zeros((queries, queries), bool)  # after no layer: only oneself
     np.fill_diagonal(reach, True)
     for layer in range(cfg.depth if trained == "main" else cfg.decoder_layers):
         banded = ctx.banded_BTS is not None and (layer + 1) % cfg.window_every == 0
-        seen = np.asarray((ctx.banded_BTS if banded else ctx.visible_BTS)[0, :, own])
+        masks = ctx.banded_BTS if banded else ctx.visible_BTS
+        seen = np.asarray(masks)[0, :, own]
         if seen.shape[1] < queries:  # query streams are no keys
             blind = np.zeros((queries, queries - seen.shape[1]), bool)
             seen = np.concatenate([seen, blind], axis=1)
@@ -186,3 +199,32 @@ def published(name: str) -> int:
 @pytest.mark.parametrize("name", sorted(models.PARAMETERS))
 def test_parameter_counts_are_the_published_ones(name):
     assert published(name) == models.PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "gpt3", "prophetnet", "xlnet"])
+def test_eight_devices_compute_what_one_does(name, small):
+    """Parameters split over fsdp and tensor, rows over data and fsdp."""
+    setup = small(name)
+    batch = jax.tree.map(jnp.asarray, setup.train_batches[0])
+    del batch["fingerprint"]
+    want, _, want_grads = sums_and_grads(setup, batch)
+    rules = setup.cfg.sharding.rules
+    sizes = dataclasses.replace(setup.cfg.sharding, data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(sizes)
+    declared = parameters.declared(setup.model)
+
+    def place(path, p):
+        key = "/".join(k.key for k in path)
+        axes = declared[key].get_metadata()["axes"]
+        spec = sharding.spec(key, axes, p.shape, rules, mesh)
+        return jax.device_put(p, jax.sharding.NamedSharding(mesh, spec))
+
+    with sharding.use(mesh, rules):
+        rows = sharding.batch_sharding(mesh, rules, setup.cfg.data.batch_size)
+        split = sharding.to_device(batch, rows)
+        got, _, grads = sums_and_grads(
+            setup, split, place=lambda tree: jax.tree.map_with_path(place, tree)
+        )
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.abs(b).max() + 1e-6))

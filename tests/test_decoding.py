@@ -9,18 +9,51 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import decoding, generate, model, parameters, vocab
-from t5x_lite.visibility import Cells
+from t5x_lite import decoding, generate, model, parameters, prompts, sampling, vocab
 from tests import tiny
 
 B, S, T, USED, EOS = 3, 10, 12, 100, 1
 
 
+CLASSIC: dict[str, Any] = dict(
+    norm="layer", bias=True, gated=False, scale_attention=True, tie_embeddings=True
+)
+GPT: dict[str, Any] = CLASSIC | dict(structure="decoder", positions="learned")
+# Every way to decode: of one stack, or behind an encoder.
+MODELS: dict[str, dict[str, Any]] = {
+    "t5_1_1": {},
+    "t5": dict(tie_embeddings=True, scan=False, remat="none"),
+    "shared": dict(share_layers=True, share_stacks=True),
+    "bart": CLASSIC | dict(positions="learned", position_offset=2, norm_order="post"),
+    "gpt": GPT | dict(norm_order="post"),
+    "gpt2": GPT,
+    "gpt3": GPT | dict(window=3),
+    "sinusoidal": GPT | dict(positions="sinusoidal", scan=False, remat="none"),
+    "t5_decoder": dict(structure="decoder"),
+    "umt5_decoder": dict(structure="decoder", positions="bias_per_layer"),
+    "t5_prefix": dict(structure="prefix_lm"),
+    "gpt3_prefix": GPT | dict(structure="prefix_lm", window=3),
+}
+
+
+def make(name: str = "t5_1_1"):
+    net = build(name)
+    return net, random_params(name)
+
+
 @functools.cache
-def make(**changes):
-    cfg = dataclasses.replace(tiny.tiny_config().model, **changes)
-    net = model.build(cfg)
-    return net, parameters.init_params(net, jax.random.key(0))
+def build(name: str):
+    cfg = dataclasses.replace(tiny.tiny_config().model, **MODELS[name])
+    return model.build(cfg)
+
+
+@functools.cache
+def random_params(name: str):
+    """Biases start at zero: with others, every path counts."""
+    params = parameters.init_params(build(name), jax.random.key(0))
+    return jax.tree.map(
+        lambda p: p + 0.02 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
 
 
 def ragged(rng, lengths=(10, 4, 7)) -> dict:
@@ -31,70 +64,76 @@ def ragged(rng, lengths=(10, 4, 7)) -> dict:
     return stream
 
 
-def forced_logits(net, params, encoder: dict, tokens_BT) -> np.ndarray:
-    """Logits [B, T, V] of the uncached forward pass that reads `tokens_BT` shifted."""
+def forced_logits(net, params, read: dict, tokens_BT) -> np.ndarray:
+    """Logits [B, T, V] of the uncached forward pass for each of `tokens_BT`."""
     tokens_BT = np.asarray(tokens_BT)
-    shifted_BT = np.pad(tokens_BT, ((0, 0), (1, 0)))[:, :-1]
-    positions_BT = np.tile(np.arange(tokens_BT.shape[1], dtype=np.int32), (B, 1))
-    decoder = {
-        "tokens": shifted_BT,
-        "positions": positions_BT,
-        "segments": np.ones_like(positions_BT),
-        "ranks": positions_BT,
-    }
+    B, T = tokens_BT.shape
+    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
 
     @jax.jit
     def forward(params, batch):
         bound: Any = model.bind(net, params)
         return bound.logits(bound.outputs(batch).cells_BKE)
 
-    return np.asarray(forward(params, {"encoder": encoder, "decoder": decoder}))
+    if net.cfg.structure == "encoder_decoder":
+        decoder = {
+            "tokens": np.pad(tokens_BT, ((0, 0), (1, 0)))[:, :-1],
+            "positions": positions_BT,
+            "segments": np.ones_like(positions_BT),
+            "ranks": positions_BT,
+        }
+        return np.asarray(forward(params, {"encoder": read, "decoder": decoder}))
+    # The prompt, then the answer directly behind it, then padding: as in training.
+    counts_B1 = (read["segments"] > 0).sum(axis=1, keepdims=True)
+    whole_BS = np.concatenate([read["tokens"], np.zeros_like(tokens_BT)], axis=1)
+    places_BT = counts_B1 + positions_BT
+    np.put_along_axis(whole_BS, places_BT, tokens_BT, axis=1)
+    places_BS = np.tile(np.arange(whole_BS.shape[1], dtype=np.int32), (B, 1))
+    causal = net.cfg.structure == "decoder"
+    main = {
+        "tokens": whole_BS,
+        "positions": places_BS,
+        "segments": (places_BS < counts_B1 + T).astype(np.int32),
+        "ranks": np.where((places_BS < counts_B1) & ~np.array(causal), 0, places_BS),
+    }
+    logits_BSV = np.asarray(forward(params, {"main": main}))
+    return np.take_along_axis(logits_BSV, places_BT[..., None] - 1, axis=1)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, dict(tie_embeddings=True), dict(scan=False, remat="none")]
-)
-def test_every_cached_step_gives_the_uncached_logits(changes, strict_dtypes):
-    net, params = make(**changes)
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_cached_step_gives_the_uncached_logits(name, strict_dtypes):
+    net, params = make(name)
     rng = np.random.default_rng(0)
-    encoder = ragged(rng)
+    read = ragged(rng)
     tokens_BT = rng.integers(3, USED, (B, T)).astype(np.int32)
     tokens_BT[1, 5:] = [EOS] + [0] * (T - 6)  # a row that has ended: EOS, padding
-    want_BTV = forced_logits(net, params, encoder, tokens_BT)
-
-    cells = Cells.of(encoder)
+    want_BTV = forced_logits(net, params, read, tokens_BT)
 
     @jax.jit
-    def start(params):
+    def all_steps(params):
         bound: Any = model.bind(net, params)
-        return decoding.init_cache(bound, bound.encode(encoder), T)
+        start = decoding.begin(bound, read, T, 0)
 
-    @jax.jit
-    def step(params, tokens_B1, index, cache):
-        bound = model.bind(net, params)
-        return decoding.decode_step(bound, tokens_B1, index, cache, cells)
+        def step(carry, index):
+            last_B1, cache = carry
+            logits_BV, cache = decoding.decode_step(
+                bound, last_B1, start.index + index, cache, start.cells, start.memory
+            )
+            next_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, index, 1, axis=1)
+            return (next_B1, cache), logits_BV
 
-    cache = start(params)
-    last_B1 = np.zeros((B, 1), np.int32)
-    for t in range(T):
-        got_BV, cache = step(params, last_B1, np.int32(t), cache)
-        np.testing.assert_allclose(got_BV, want_BTV[:, t], atol=1e-5, rtol=0)
-        last_B1 = tokens_BT[:, t : t + 1]
+        first = (start.last_B[:, None], start.cache)
+        return jax.lax.scan(step, first, jnp.arange(T))[1]
+
+    with jax.default_matmul_precision("highest"):
+        got_TBV = np.asarray(all_steps(params))
+    np.testing.assert_allclose(got_TBV.swapaxes(0, 1), want_BTV, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("ends", [False, True])
-def test_greedy_is_the_argmax_of_the_uncached_forward(ends, strict_dtypes):
-    net, params = make()
-    encoder = ragged(np.random.default_rng(1))
-    settings: dict[str, Any] = dict(max_length=T, eos_id=EOS, used_ids=USED)
-    tokens_BT, score_B = decoding.generate(net, params, encoder, **settings)
-    if ends:
-        # Call a token that row 0 really writes EOS: then its row ends there.
-        settings["eos_id"] = int(tokens_BT[0, 4])
-        tokens_BT, score_B = decoding.generate(net, params, encoder, **settings)
-        assert (np.asarray(tokens_BT[0]) == settings["eos_id"]).sum() == 1
+def expected(net, params, read, settings, tokens_BT, score_B):
+    """Asserts that greedy tokens and scores are those of uncached forward passes."""
     tokens_BT = np.asarray(tokens_BT)
-    logits_BTV = forced_logits(net, params, encoder, tokens_BT)[..., :USED]
+    logits_BTV = forced_logits(net, params, read, tokens_BT)[..., :USED]
     logp_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
     for row in range(B):
         eos = np.flatnonzero(tokens_BT[row] == settings["eos_id"])
@@ -107,8 +146,42 @@ def test_greedy_is_the_argmax_of_the_uncached_forward(ends, strict_dtypes):
         np.testing.assert_allclose(score_B[row], score, rtol=1e-4)
 
 
-def test_rows_do_not_depend_on_padding_or_their_neighbours():
-    net, params = make()
+@pytest.mark.parametrize("name", ["t5_1_1", "gpt3", "t5_prefix"])
+def test_greedy_is_the_argmax_of_the_uncached_forward(name, strict_dtypes):
+    net, params = make(name)
+    read = ragged(np.random.default_rng(1))
+    settings: dict[str, Any] = dict(max_length=T, eos_id=EOS, used_ids=USED)
+    found = decoding.generate(net, params, read, **settings)
+    expected(net, params, read, settings, *found)
+    # Call a token that row 0 really writes EOS: then its row ends there.
+    settings["eos_id"] = int(found[0][0, 4])
+    found = decoding.generate(net, params, read, **settings)
+    assert (np.asarray(found[0][0]) == settings["eos_id"]).sum() == 1
+    expected(net, params, read, settings, *found)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(structure="encoder"), "structure='encoder' does not decode"),
+        (dict(structure="permuted"), "structure='permuted' does not decode"),
+        (GPT | dict(query_streams=1), "query_streams=1 does not decode"),
+        (GPT | dict(positions="functional"), "positions='functional' does not"),
+        (GPT | dict(max_positions=20), "needs 21 positions.*max_positions=20"),
+    ],
+)
+def test_models_that_cannot_are_refused(changes, message):
+    cfg = dataclasses.replace(tiny.tiny_config().model, **changes)
+    read = ragged(np.random.default_rng(2))
+    with pytest.raises(ValueError, match=message):
+        decoding.generate(
+            model.build(cfg), {}, read, max_length=T, eos_id=EOS, used_ids=USED
+        )
+
+
+@pytest.mark.parametrize("name", ["t5_1_1", "t5_prefix"])
+def test_rows_do_not_depend_on_padding_or_their_neighbours(name):
+    net, params = make(name)
     encoder = ragged(np.random.default_rng(2))
     settings: dict[str, Any] = dict(max_length=T, eos_id=EOS, used_ids=USED)
     together, _ = decoding.generate(net, params, encoder, **settings)
@@ -166,10 +239,10 @@ def test_samples_follow_the_softmax_over_exactly_the_support(
 ):
     p_V = np.array([0.10, 0.25, 0.02, 0.11, 0.30, 0.05, 0.14, 0.03], np.float32)
     n = 20_000
-    how = decoding.Sampling(0.5, top_k, top_p)
+    how = sampling.Sampling(0.5, top_k, top_p)
     # Temperature 0.5 of logits log(p) / 2 is p again.
     logits_BV = jnp.broadcast_to(jnp.log(p_V)[None] * 0.5, (n, 8))
-    ids_B = np.asarray(decoding.draw(logits_BV, jax.random.key(0), how))
+    ids_B = np.asarray(sampling.draw(logits_BV, jax.random.key(0), how))
     want_V = np.zeros(8)
     want_V[list(support)] = p_V[list(support)]
     want_V *= n / want_V.sum()
@@ -182,7 +255,7 @@ def test_samples_follow_the_softmax_over_exactly_the_support(
 
 
 def test_ties_keep_exactly_k():
-    kept = decoding.restrict(jnp.zeros((2, 6)), top_k=2)
+    kept = sampling.restrict(jnp.zeros((2, 6)), top_k=2)
     np.testing.assert_array_equal(np.isfinite(kept), [[1, 1, 0, 0, 0, 0]] * 2)
 
 
@@ -221,7 +294,7 @@ def test_a_seed_repeats_its_sample():
 def test_settings_out_of_range_are_refused(settings):
     name = list(settings)[-1]
     with pytest.raises(ValueError, match=f"{name}="):
-        decoding.Sampling(**settings)
+        sampling.Sampling(**settings)
 
 
 # ---- filling gaps
@@ -235,6 +308,10 @@ TEXTS = [
 ]
 
 
+def split(text: str) -> list[str]:
+    return prompts.split(text, prompts.Task())
+
+
 @pytest.fixture(params=["bytes", "data/vocab_4k.model"])
 def words(request):
     return vocab.load(request.param, 100)
@@ -244,7 +321,7 @@ def test_fill_puts_what_the_model_writes_into_the_gaps(words, monkeypatch):
     """With a stub in place of the model that answers every input rightly."""
     answers = {}
     for text, fills in TEXTS:
-        ids = generate.encode_gaps(generate.split_gaps(text), words)
+        ids = prompts.encode(split(text), words)
         assert ids[-1] == words.eos_id and (ids != words.pad_id).all()
         sentinels = ids[ids >= words.size - words.sentinels]
         np.testing.assert_array_equal(
@@ -276,7 +353,7 @@ def test_fill_puts_what_the_model_writes_into_the_gaps(words, monkeypatch):
 
 
 def test_encoding_gives_the_text_back_without_its_gaps(words):
-    ids = generate.encode_gaps(generate.split_gaps("He came ___, and ___ off."), words)
+    ids = prompts.encode(split("He came ___, and ___ off."), words)
     assert words.decode(ids) == "He came<extra_id_0>, and<extra_id_1> off."
 
 
@@ -285,7 +362,7 @@ def test_fills_are_parsed_from_any_output(words):
     x, y = words.encode("x"), words.encode("y")
 
     def parse(*parts):
-        return generate.parse_fills(np.concatenate(parts), 2, words)
+        return prompts.parse_fills(np.concatenate(parts), 2, words)
 
     assert parse([s(0)], x, [s(1)], y, [eos], [s(0)]) == ["x", "y"]
     assert parse([s(1)], y, [s(0)], x) == ["x", "y"]  # order does not matter
@@ -296,6 +373,6 @@ def test_fills_are_parsed_from_any_output(words):
 
 def test_texts_that_cannot_be_filled_are_refused(words):
     with pytest.raises(ValueError, match="no gap"):
-        generate.split_gaps("nothing_to__fill")
+        split("nothing_to__fill")
     with pytest.raises(ValueError, match="101 gaps.*100 sentinels"):
-        generate.encode_gaps(generate.split_gaps("___ " * 101), words)
+        prompts.encode(split("___ " * 101), words)

@@ -60,8 +60,8 @@ def test_load_gives_a_model_that_computes(workdir, tmp_path):
     _, _, want, step, _ = checkpoint.load_run(workdir, 3)
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, params, want)
-    batch = export.fixed_batch(net.cfg.vocab_size)
-    assert np.isfinite(export.logits(net, params, batch)).all()
+    batch = export.fixed_batch(net.cfg)
+    assert np.isfinite(export.logits(net.cfg, params, batch)).all()
 
 
 def test_float16_is_compared_with_the_rounded_checkpoint(workdir, tmp_path, capsys):
@@ -108,7 +108,7 @@ def lose_an_array(path):
         (truncate, "damaged"),
         (change_one_value, "logits differ"),
         (lose_a_layer, "are missing"),
-        (lose_an_array, "head: None in the file"),
+        (lose_an_array, "kernel: None in the file"),
     ],
 )
 def test_verify_catches(harm, message, exported, tmp_path):

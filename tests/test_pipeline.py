@@ -249,7 +249,7 @@ REFUSED = [
         {"objective": "mass", "knobs": {}, "structure": "encoder"},
         "trains .'encoder_decoder'., but structure='encoder'",
     ),
-    ({"knobs": {"densty": 0.1}}, "knobs .'densty'.*unexpected keyword"),
+    ({"knobs": {"densty": 0.1}}, "has no knob 'densty'; did you mean 'density'"),
     ({"knobs": {"density": 2.0}}, "density=2.0"),
     ({"inputs_length": 4000}, "makes 222 spans.*has 100 sentinels"),
 ]

@@ -5,12 +5,15 @@ examples [s * batch_size, (s + 1) * batch_size), of which a host takes its slice
 state is kept, so seeking costs nothing and any number of hosts makes the same batches.
 """
 
+import contextlib
+import inspect
 import zlib
 from collections.abc import Generator
 from typing import Any, SupportsIndex
 
 import numpy as np
 
+from t5x_lite.config import nearest
 from t5x_lite.data.order import Documents, Order
 from t5x_lite.data.store import TokenStore
 from t5x_lite.example import STREAM, Example, Passages
@@ -80,12 +83,8 @@ class Batches:
         self._layout = LAYOUTS[structure]
         if train_inputs and structure == "decoder":
             self._layout = decoder_all
-        try:
+        with _explain_knobs(objective, knobs):
             lengths = row.lengths(inputs_length, **knobs)
-        except TypeError as error:
-            raise ValueError(
-                f"objective {objective!r} was given the knobs {sorted(knobs)}: {error}."
-            ) from error
         self.raw_length = memory_length + lengths[0]
         self.store, self.vocab, self.seed = store, vocab, seed
         self.batch_size, self.evaluation = batch_size, evaluation
@@ -101,15 +100,16 @@ class Batches:
                     "with it. Set them to 0 and False."
                 )
             self.documents = Documents(store, lengths[0], seed, vocab.eos_id)
-            self.order = self.documents
+            self.examples_per_epoch = self.documents.windows_per_epoch
         else:
             recut = not static_noise
             self.order = Order(store.n_tokens, self.raw_length, seed, recut)
-        self.examples_per_epoch = self.order.windows_per_epoch
+            self.examples_per_epoch = self.order.windows_per_epoch
         # Fails now, not at the first step, if the vocabulary has too few sentinels.
         blank_1T = np.full((1, self.raw_length), int(vocab.ordinary[0]), np.int32)
         blank = Passages(blank_1T, blank_1T) if self.documents else blank_1T
-        streams = self._streams(blank, Draws(0, 0, 1))
+        with _explain_knobs(objective, knobs):
+            streams = self._streams(blank, Draws(0, 0, 1))
         self.shapes = {name: _shape(stream) for name, stream in streams.items()}
 
     def __len__(self) -> int:
@@ -160,8 +160,9 @@ class Batches:
             before["memory"]["types"] = np.zeros_like(before["memory"]["tokens"])
             raw = raw[:, M:]
         made = self._make(raw, draws, self.vocab, **self._knobs)
-        lay = single if isinstance(made, Example) else self._layout
-        return lay(made, self.vocab) | before
+        if isinstance(made, Example):
+            return single(made, self.vocab) | before
+        return self._layout(made, self.vocab) | before
 
     def _static(self, tokens_BT: np.ndarray, starts_B: np.ndarray) -> dict[str, Any]:
         """Noise by the place in the store instead of the example's index."""
@@ -250,6 +251,24 @@ def _weigh_rows(batch: dict[str, Any], counted: int) -> None:
             if counted < len(stream["weights"]):
                 stream["weights"] = stream["weights"].copy()
                 stream["weights"][max(counted, 0) :] = 0
+
+
+@contextlib.contextmanager
+def _explain_knobs(objective: str, knobs: dict[str, Any]):
+    """An unknown knob becomes an error that lists those there are."""
+    known = list(inspect.signature(OBJECTIVES[objective].make).parameters)[3:]
+    for name in knobs:
+        if name not in known:
+            raise ValueError(
+                f"objective {objective!r} has no knob {name!r}"
+                f"{nearest(name, known)} Knobs: {', '.join(known) or 'none'}."
+            )
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(
+            f"objective {objective!r} was given the knobs {knobs}: {error}."
+        ) from error
 
 
 def _check_names(objective: str, structure: str) -> None:

@@ -67,7 +67,7 @@ OBJECTIVES = {
     "masked_lm_entities": Objective(
         entities.masked_lm_entities,
         ENCODER,
-        entities.masked_lm_entities_lengths,
+        masking.masked_lm_lengths,
         "example",
         _by_sentences,
     ),

@@ -38,7 +38,10 @@ def masked_lm_entities(
     entities: str,
     entity_random: float = 0.05,
     entity_mask: float = 0.15,
-    **masked,
+    density: float = 0.15,
+    mask: float = 0.8,
+    random: float = 0.1,
+    sentence: str = "none",
 ) -> Example:
     """Masked LM and the denoising entity auto-encoder (Zhang et al. 2019, section 3.4).
 
@@ -47,11 +50,12 @@ def masked_lm_entities(
     the entities of all mentions are predicted.
 
     Args:
-        tokens, rng, vocab, masked: see `masking.masked_lm`; ERNIE: sentence="nsp".
+        tokens, rng, vocab: see `masking.masked_lm`.
         entities: file of the mentions and entities, see `load_entities`.
         entity_random: share of the mentions that are aligned with another entity, all
             equally likely.
         entity_mask: share of the mentions whose entity is not given.
+        density, mask, random, sentence: see `masking.masked_lm`; ERNIE: sentence="nsp".
 
     Returns:
         Example with M = T // 2 mentions; those that a row does not have are 0.
@@ -65,7 +69,15 @@ def masked_lm_entities(
             "more are needed, together below 1 (ERNIE: 0.05 and 0.15)."
         )
     known = load_entities(entities, vocab)
-    example = masking.masked_lm(tokens, rng, vocab, **masked)
+    example = masking.masked_lm(
+        tokens,
+        rng,
+        vocab,
+        density=density,
+        mask=mask,
+        random=random,
+        sentence=sentence,
+    )
     places_BM, truth_BM = mentions(original(example), vocab, known)
     fate_BM = rng.uniform(truth_BM.shape[1])
     step_BM = 1 + np.floor(rng.uniform(truth_BM.shape[1]) * (known.count - 1))
@@ -78,23 +90,6 @@ def masked_lm_entities(
         entity_places_BM=places_BM,
         entity_targets_BM=truth_BM,
     )
-
-
-def masked_lm_entities_lengths(
-    inputs_length: int,
-    *,
-    entities: str,
-    entity_random: float = 0.05,
-    entity_mask: float = 0.15,
-    **masked,
-) -> tuple[int, int, int]:
-    """See `masking.masked_lm_lengths`.
-
-    >>> masked_lm_entities_lengths(128, entities="file.npz", sentence="nsp")
-    (125, 128, 19)
-    """
-    del entities, entity_random, entity_mask
-    return masking.masked_lm_lengths(inputs_length, **masked)
 
 
 def original(example: Example) -> np.ndarray:
