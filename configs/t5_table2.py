@@ -4,9 +4,10 @@
         --config.data.train='corpus/*.jsonl' --config.data.heldout=heldout.jsonl
 
 The cells (Raffel et al. 2020, section 3.2.4): `--config.model.structure=`
-encoder_decoder | decoder | prefix_lm, the first also with `--config.model.share_stacks=True`; times
-`--config.objective.name=` span_corruption | prefix_lm, the paper's denoising and LM. A
-decoder's LM predicts everything: `--config.data.train_inputs=True`.
+encoder_decoder | decoder | prefix_lm, the first also with
+`--config.model.share_stacks=True`; times `--config.objective.name=` span_corruption |
+prefix_lm, the paper's denoising and LM. A decoder's LM predicts everything:
+`--config.data.train_inputs=True`.
 
 Hardware, wall time, held-out loss: not yet measured; not measured on GPU."""
 

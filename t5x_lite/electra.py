@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite import layers, losses, model
-from t5x_lite.config import ModelConfig, generator_config
 from t5x_lite.embeddings import Inputs, Output
+from t5x_lite.model_config import ModelConfig, generator_config
 from t5x_lite.parameters import param, weight_init, zeros
 
 

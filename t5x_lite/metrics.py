@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import tensorboardX
 
-from t5x_lite.config import ModelConfig, generator_config
+from t5x_lite.model_config import ModelConfig, generator_config
 
 
 class Writer:

@@ -170,7 +170,7 @@ class Stack(nnx.Module):
             if cfg.share_layers:
                 params = shared
             own = ctx
-            if banded is not None:
+            if ctx.banded_BTS is not None:
                 seen = jnp.where(banded, ctx.banded_BTS, ctx.visible_BTS)
                 own = ctx._replace(visible_BTS=seen)
             read_BTD = None
@@ -320,7 +320,7 @@ class SingleStack(Assembly):
         y_BTD, _, _ = self.stack(x_BTD, ctx, layers.fold(key, 1), None, kept_LBMD)
         return layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 3), along=1)
 
-    def remember(self, before: dict, key=None) -> jax.Array:
+    def remember(self, before: dict, key=None) -> Any:
         """Each layer's input at the tokens before, without gradient: [L, B, M, D]."""
         x_BMD = self.inputs(self.embed(before["tokens"]), before, layers.fold(key, 0))
         ctx = context(self.cfg, before)

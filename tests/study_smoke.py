@@ -22,6 +22,7 @@ SYSTEMS = {
     "ELECTRA": ("electra", []),
     "MacBERT": ("macbert", []),
     "ERNIE (Baidu)": ("ernie", []),
+    "ERNIE (Tsinghua)": ("ernie_thu", []),
     "StructBERT": ("structbert", []),
     "NEZHA": ("nezha", []),
     "GPT": ("gpt", []),
@@ -43,6 +44,7 @@ SYSTEMS = {
     "ERNIE-GEN": ("ernie_gen", []),
     "prefix LM": ("prefix_lm", []),
 }
+BESIDE = ("heldout_classes_", "heldout_replaced_", "heldout_entities_")
 SPANS = ("encoder_decoder", "prefix_lm", "decoder", "encoder", "permuted")
 for _structure in SPANS:
     _flags = [f"--config.model.structure={_structure}"]
@@ -78,7 +80,7 @@ def row_of(row: str, config: str, flags: list[str], last: dict) -> str:
     found = [
         f"{key.removeprefix('heldout_')} {value:.3f}"
         for key, value in last.items()
-        if key.startswith(("heldout_classes_", "heldout_replaced_"))
+        if key.startswith(BESIDE)
     ]
     how = f"`{config}.py:study{' ' + ' '.join(flags) if flags else ''}`"
     return (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import config, layers, model, parameters, positions
+from t5x_lite import layers, model, model_config, parameters, positions
 from t5x_lite.visibility import Cells, visible
 from tests.tiny import random_batch, tiny_config
 
@@ -59,7 +59,7 @@ def value_and_grads(batch, **changes) -> Any:
 def test_scan_equals_unrolled_and_remat_changes_nothing(changes, strict_dtypes):
     batch = random_batch(batch=2)
     value, grads = value_and_grads(batch, scan=False, remat="none", **changes)
-    others = [dict(scan=True, remat=remat) for remat in config.REMAT]
+    others = [dict(scan=True, remat=remat) for remat in model_config.REMAT]
     others.append(dict(scan=False, remat="full"))
     for other in others if changes["gated"] else others[:1]:
         got, got_grads = value_and_grads(batch, **other, **changes)
@@ -185,7 +185,7 @@ def test_init_has_the_standard_deviations_of_t5():
 def test_bfloat16_computes_close_to_float32():
     batch = random_batch()
     values = {}
-    for dtype in config.DTYPES:
+    for dtype in model_config.DTYPES:
         net, params = build(dtype=dtype)
         cast = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), params)
         bound = model.bind(net, cast)

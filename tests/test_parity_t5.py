@@ -9,8 +9,8 @@ import pytest
 
 from t5x_lite import model as model_lib
 from t5x_lite import parameters, positions
-from t5x_lite.config import ATTENTION, REMAT, ModelConfig
 from t5x_lite.interop import t5
+from t5x_lite.model_config import ATTENTION, REMAT, ModelConfig
 from tests import parity
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")

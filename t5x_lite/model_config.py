@@ -1,0 +1,146 @@
+"""The shape of a model: every key of `config.model`, and what does not fit together."""
+
+import dataclasses
+from typing import Any
+
+
+def key(default: Any, doc: str, *, low=None, high=None, among=None) -> Any:
+    """A config field: its default, meaning (with unit) and allowed values."""
+    metadata = dict(doc=doc, low=low, high=high, among=among)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+STRUCTURES = ("encoder", "decoder", "encoder_decoder", "prefix_lm", "permuted")
+ACTIVATIONS = ("relu", "gelu", "gelu_exact")
+POSITIONS = (
+    *("none", "learned", "sinusoidal", "bias", "bias_per_layer"),
+    *("functional", "transformer_xl", "prophetnet"),
+)
+DTYPES = ("float32", "bfloat16")
+ATTENTION = ("einsum", "rows")
+REMAT = ("none", "full", "dots", "dots_no_batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model. Presets with published sizes are in `configs/models.py`."""
+
+    structure: str = key("encoder_decoder", "which model and layout", among=STRUCTURES)
+    vocab_size: int = key(0, "embedding rows; 0 = the vocabulary, up to 128n", low=0)
+    d_model: int = key(512, "width D of the residual stream", low=1)
+    d_embed: int = key(0, "width of the embeddings; 0 = d_model (else: ALBERT)", low=0)
+    d_ff: int = key(1024, "width F inside the feed-forward layer", low=1)
+    heads: int = key(6, "attention heads N", low=1)
+    head_dim: int = key(64, "width H of one head; N*H need not equal D", low=1)
+    encoder_layers: int = key(8, "depth of an encoder or permuted-LM", low=1)
+    decoder_layers: int = key(8, "depth of a decoder or prefix-LM", low=1)
+    share_layers: bool = key(False, "one block for all layers (ALBERT)")
+    share_stacks: bool = key(False, "decoder uses the encoder's parameters too")
+    activation: str = key("gelu", "gelu is tanh, gelu_exact erf", among=ACTIVATIONS)
+    gated: bool = key(True, "gated feed-forward (GEGLU with gelu)")
+    bias: bool = key(False, "biases in projections and norms")
+    norm: str = key("rms", "RMSNorm or LayerNorm", among=("rms", "layer"))
+    norm_order: str = key("pre", "before a sublayer or after it", among=("pre", "post"))
+    norm_eps: float = key(1e-6, "epsilon of the norm", low=0.0)
+    embed_norm: bool = key(False, "norm after the embeddings")
+    scale_attention: bool = key(False, "scores times H^-0.5 (T5: no)")
+    tie_embeddings: bool = key(False, "logits from the embedding")
+    rescale_logits: bool = key(True, "times D^-0.5 if tied, as in T5 v1.0")
+    output_bias: bool = key(False, "a bias on the logits")
+    transform_output: bool = key(False, "dense, activation, norm before logits (BERT)")
+    init_std: float = key(0.0, "of all weights; 0 = by fan-in as in T5", low=0.0)
+    init_residual: bool = key(False, "outputs' init times (2L)^-0.5 (GPT-2)")
+    positions: str = key("bias", "how positions enter; see layers", among=POSITIONS)
+    max_positions: int = key(512, "rows of learned positions", low=1)
+    position_offset: int = key(0, "first row used (RoBERTa, BART: 2)", low=0)
+    types: int = key(0, "rows of sentence-type embeddings; 0 = none", low=0)
+    classes: int = key(0, "classes of the whole example; 0 = no such head", low=0)
+    query_streams: int = key(0, "query streams (XLNet 1, ProphetNet n)", low=0)
+    memory_length: int = key(0, "tokens read before the stream (XLNet)", low=0)
+    window: int = key(0, "positions that banded layers look back; 0 = all", low=0)
+    window_every: int = key(2, "every k-th layer is banded, from the k-th", low=1)
+    relative_buckets: int = key(32, "relative-position buckets", low=4)
+    relative_max_distance: int = key(128, "tokens; farther shares a bucket", low=2)
+    generator_width: float = key(
+        0.0, "ELECTRA's generator as a share of the widths; 0 = none", low=0.0, high=1.0
+    )
+    d_entity: int = key(0, "width C of entities; 0 = none (else: ERNIE)", low=0)
+    entities: int = key(0, "entity embeddings; 0 = those of the file", low=0)
+    entity_heads: int = key(4, "attention heads of the entities", low=1)
+    entity_layers: int = key(6, "layers that read entities, after the others", low=1)
+    dropout: float = key(0.0, "rate, broadcast over length as in T5", low=0.0, high=0.9)
+    attention: str = key("einsum", "kernel; rows: one CPU device", among=ATTENTION)
+    dtype: str = key("float32", "compute dtype; state is float32", among=DTYPES)
+    remat: str = key("dots", "what the backward pass recomputes", among=REMAT)
+    scan: bool = key(True, "loop over layers with lax.scan (False: unrolled)")
+
+    @property
+    def depth(self) -> int:
+        """Layers of a single stack."""
+        encodes = self.structure in ("encoder", "permuted")
+        return self.encoder_layers if encodes else self.decoder_layers
+
+
+def generator_config(cfg: ModelConfig) -> ModelConfig:
+    """ELECTRA's generator: the same depth, a share of the widths (section 3.3)."""
+    heads = max(1, round(cfg.heads * cfg.generator_width))
+    return dataclasses.replace(
+        cfg,
+        generator_width=0.0,
+        d_model=heads * cfg.head_dim,
+        d_ff=max(1, round(cfg.d_ff * cfg.generator_width)),
+        heads=heads,
+        d_embed=cfg.d_embed or cfg.d_model,
+    )
+
+
+def problems(m: ModelConfig):
+    """Yields one line for each pair of keys that do not fit together."""
+    single = m.structure != "encoder_decoder"
+    rows = (
+        (
+            m.d_embed and not m.transform_output,
+            f"d_embed={m.d_embed} needs transform_output=True, which maps the stack's "
+            "output back to that width.",
+        ),
+        (
+            m.share_stacks and (single or m.encoder_layers != m.decoder_layers),
+            f"share_stacks=True needs structure='encoder_decoder' (here {m.structure!r}"
+            f") and encoder_layers={m.encoder_layers} equal to decoder_layers="
+            f"{m.decoder_layers}.",
+        ),
+        (
+            m.memory_length and m.positions != "transformer_xl",
+            f"memory_length={m.memory_length} needs positions='transformer_xl' (here "
+            f"{m.positions!r}), which count on from the memory. Set it to 0.",
+        ),
+        (
+            m.memory_length and not single,
+            f"memory_length={m.memory_length} needs a single stack. Set it to 0.",
+        ),
+        (
+            m.window and m.structure not in ("decoder", "prefix_lm"),
+            f"window={m.window} needs structure 'decoder' or 'prefix_lm', here "
+            f"{m.structure!r}. Set it to 0.",
+        ),
+        (
+            m.generator_width and m.structure != "encoder",
+            f"generator_width={m.generator_width} (ELECTRA) needs structure='encoder', "
+            f"here {m.structure!r}. Set it to 0.",
+        ),
+        (
+            m.positions == "prophetnet" and single,
+            f"positions='prophetnet' needs structure='encoder_decoder', here "
+            f"{m.structure!r}.",
+        ),
+        (
+            m.positions in ("functional", "transformer_xl", "prophetnet")
+            and m.attention == "rows",
+            f"attention='rows' cannot compute positions={m.positions!r}. Use 'einsum'.",
+        ),
+    )
+    for wrong, text in rows:
+        if wrong:
+            yield f"config.model.{text}"
