@@ -106,7 +106,7 @@ def print_samples(setup: run.Setup, params, count: int = 4):
     except Exception as e:  # a picture for people may not fail hours of training
         lines = [f"no samples to show: {type(e).__name__}: {e}"]
     if lines:
-        print("\n".join(lines))
+        print("\n".join(map(prompts.printable, lines)))
 
 
 def samples(setup: run.Setup, params, count: int) -> list[str]:

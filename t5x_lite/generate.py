@@ -93,8 +93,7 @@ def main(argv: list[str] | None = None):
         progress=flags.input is not None,
     )
     for one in found:
-        # An untrained model over bytes also writes control characters.
-        print("".join(c if c.isprintable() else "\ufffd" for c in one.joined()))
+        print(prompts.printable(one.joined()))
     if flags.output:
         write_jsonl(flags.output, texts, found)
 

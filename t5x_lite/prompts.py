@@ -186,6 +186,11 @@ def parse_fills(ids: np.ndarray, gaps: int, words: Vocab) -> list[str]:
     return fills
 
 
+def printable(text: str) -> str:
+    """For a terminal: an untrained model over bytes also writes control characters."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def pad_rows(rows: list[np.ndarray], batch_size: int, pad_id: int) -> dict:
     """A stream [B, S] that is read; S and B are powers of two, or `batch_size`."""
     S = max(SHORTEST_BUCKET, power_of_two(max(map(len, rows))))
