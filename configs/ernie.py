@@ -4,11 +4,14 @@
         --config.data.train='corpus/*.jsonl' --config.data.heldout=heldout.jsonl
 
 Its stages are three runs, each from the last one's checkpoint in the same workdir, with
-config.objective.units=word, then phrase, then phrase with another file of entities as
-spans, and config.checkpoint.accept_changes=True:
+config.objective.units=word and config.objective.spans='', then units=phrase, then
+phrase with a file of entities as spans, all with
+config.checkpoint.accept_changes=True; the phrases come from
 
     python -m t5x_lite.data.mining phrases --data='corpus/*.jsonl' \\
-        --vocab=spiece.model --output=data/phrases_4k.npz
+        --vocab=spiece.model --output=phrases.npz
+
+and --config.objective.spans=phrases.npz.
 
 Hardware, wall time, held-out loss: not yet measured; not measured on GPU. The small
 version (`:study`) is in the README's table."""

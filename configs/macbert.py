@@ -4,7 +4,9 @@
         --config.data.train='corpus/*.jsonl' --config.data.heldout=heldout.jsonl
 
     python -m t5x_lite.data.mining similar --data='corpus/*.jsonl' \\
-        --vocab=spiece.model --output=data/similar_4k.npy
+        --vocab=spiece.model --output=similar.npy
+
+and --config.objective.similar=similar.npy.
 
 Hardware, wall time, held-out loss: not yet measured; not measured on GPU. The small
 version (`:study`) is in the README's table."""

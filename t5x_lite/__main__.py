@@ -8,7 +8,7 @@ from t5x_lite import __version__
 COMMANDS = {
     "train": "train the model of a config file, or resume",
     "evaluate": "held-out loss of a checkpoint",
-    "generate": "fill the gaps of a text",
+    "generate": "fill the gaps of a text, or go on with it",
     "export": "parameters as one .npz with readable names",
     "inspect": "print examples of a config, and who sees whom",
     "elmo": "train a small ELMo biLM on words",

@@ -6,6 +6,7 @@ input is wrong.
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -149,6 +150,7 @@ def _errors_of(name: str, path: str):
 
 def apply_overrides(raw: ml_collections.ConfigDict, overrides: list[str]):
     """Sets `--config.a.b=VALUE` in place; values get the type of the field."""
+    overrides = [o for o in overrides if not _new_knob(raw, o)]
     for override in overrides:
         _check_key(raw, override)
     values = flags.FlagValues()
@@ -162,6 +164,25 @@ def apply_overrides(raw: ml_collections.ConfigDict, overrides: list[str]):
         raise ValueError(message_of(e)) from e
     if left:
         raise ValueError(f"{left[0]!r} belongs to no flag. Write --config.a.b=VALUE.")
+
+
+def _new_knob(raw: ml_collections.ConfigDict, override: str) -> bool:
+    """Sets a knob of the objective that the config file does not list.
+
+    Each objective has its own; what is none of them is refused where they are known.
+    """
+    flag, has_value, text = override.partition("=")
+    section, _, name = flag.lstrip("-").rpartition(".")
+    known = section != "config.objective" or name in raw.get("objective", {})
+    if known or not has_value:
+        return False
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    with raw.unlocked():
+        raw.objective[name] = value
+    return True
 
 
 def _check_key(raw: ml_collections.ConfigDict, override: str):

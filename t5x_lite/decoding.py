@@ -19,8 +19,8 @@ from flax import nnx
 from t5x_lite import model as model_lib
 from t5x_lite import positions
 from t5x_lite.config import ModelConfig
-from t5x_lite.model import Cache, Context
 from t5x_lite.sampling import Sampling, draw
+from t5x_lite.stack import Cache, Context
 from t5x_lite.visibility import Cells, visible
 
 START_ID = 0  # the decoder reads padding first, as T5's does

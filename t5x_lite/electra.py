@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import layers, losses, model
+from t5x_lite import layers, losses, model, stack
 from t5x_lite.embeddings import Inputs, Output
 from t5x_lite.model_config import ModelConfig, generator_config
 from t5x_lite.parameters import param, weight_init, zeros
@@ -105,7 +105,7 @@ class Tower(nnx.Module):
             init = weight_init(cfg, width**-0.5)
             self.project = param((width, cfg.d_model), (None, "embed"), init)
             self.project_bias = param((cfg.d_model,), ("norm",), zeros)
-        self.stack = model.Stack(cfg, cfg.depth, cross=False)
+        self.stack = stack.Stack(cfg, cfg.depth, cross=False)
 
     def __call__(self, x_BTE, stream: dict, key=None):
         if hasattr(self, "project"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from t5x_lite import layers, losses, model
+from t5x_lite import layers, losses, model, stack
 from t5x_lite.config import ModelConfig
 from t5x_lite.parameters import param, stacked, weight_init, zeros
 from t5x_lite.sharding import constrain
@@ -65,7 +65,7 @@ class Aggregator(nnx.Module):
         self.entity_down_bias = param((C,), ("norm",), zeros)
         self.mlp_norm, self.entity_mlp_norm = layers.Norm(cfg), layers.Norm(small)
 
-    def __call__(self, x_BTD, e_BMC, ctx: model.Context, at: Alignment, key=None):
+    def __call__(self, x_BTD, e_BMC, ctx: stack.Context, at: Alignment, key=None):
         """-> (x_BTD, e_BMC)"""
         rate = self.cfg.dropout
 
@@ -141,8 +141,8 @@ class EntityEncoder(model.SingleStack):
             e_BMC = jnp.zeros((*none_B1.shape, self.cfg.d_entity), x_BTD.dtype)
         return self.aggregate(x_BTD, e_BMC, ctx, at, layers.fold(key, 2))
 
-    def aggregate(self, x_BTD, e_BMC, ctx: model.Context, at: Alignment, key=None):
-        """The aggregators, in a scan as in `model.Stack`: [B, T, D]."""
+    def aggregate(self, x_BTD, e_BMC, ctx: stack.Context, at: Alignment, key=None):
+        """The aggregators, in a scan as in `stack.Stack`: [B, T, D]."""
         cfg, L = self.cfg, self.cfg.entity_layers
         graph, params = nnx.split(self.aggregators)
         each = (
@@ -155,7 +155,7 @@ class EntityEncoder(model.SingleStack):
             return nnx.merge(graph, params)(*carry, ctx, at, key), None
 
         if cfg.remat != "none":
-            policy = model.POLICIES[cfg.remat]
+            policy = stack.POLICIES[cfg.remat]
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=not cfg.scan)
         carry = (x_BTD, e_BMC)
         if cfg.scan:

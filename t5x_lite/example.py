@@ -93,6 +93,18 @@ class Passages:
     others_BT: np.ndarray
 
 
+def places_of(mask_BT: np.ndarray, most: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The True places of each row, ascending -> (places_BK int32, weights_BK float32).
+
+    K is `most`, or the largest count of a row; short rows repeat place 0, weight 0.
+    """
+    counts_B1 = mask_BT.sum(axis=1, keepdims=True)
+    K = most or max(int(counts_B1.max()), 1)
+    places_BK = np.argsort(~mask_BT, axis=1, kind="stable")[:, :K].astype(np.int32)
+    weights_BK = (np.arange(K) < counts_B1).astype(np.float32)
+    return np.where(weights_BK > 0, places_BK, 0).astype(np.int32), weights_BK
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """One array of a batch: its axes, its dtype, what it means."""
@@ -128,7 +140,7 @@ OPTIONAL = {
 }
 # Beside the streams.
 WHOLE = {
-    "fingerprint": Field("B", "uint32", "crc32 of (global index, tokens, targets)"),
+    "fingerprint": Field("B", "uint32", "crc32 of (global index, tokens, targets ...)"),
 }
 
 

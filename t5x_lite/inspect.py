@@ -26,9 +26,12 @@ def main(argv: list[str] | None = None):
         cells=("32", "cells of a stream to show in the matrix; 0 = none"),
         png=("", "also draw the first example's matrices into this file"),
     )
-    numbers = {
-        name: int(getattr(flags, name)) for name in ("examples", "step", "cells")
-    }
+    numbers = {}
+    for name in ("examples", "step", "cells"):
+        value = getattr(flags, name)
+        if not value.isdecimal():
+            raise ValueError(f"--{name}={value}: a number of 0 or more is needed.")
+        numbers[name] = int(value)
     setup = run.Setup.of(config.freeze(raw))
     batch = setup.train_batches[numbers["step"]]
     print(setup.headline())
@@ -118,6 +121,7 @@ def as_text(seen: np.ndarray, one: dict, cells: int) -> list[str]:
 
 def draw(matrices: dict[str, np.ndarray], path: pathlib.Path):
     """The matrices as one picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     import matplotlib
 
     matplotlib.use("Agg")

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from t5x_lite.example import Example, Pair
+from t5x_lite.example import Example, Pair, places_of
 from t5x_lite.vocab import Vocab
 
 Streams = dict[str, dict[str, np.ndarray]]
@@ -171,18 +171,6 @@ def single(example: Example, vocab: Vocab) -> Streams:
         "entity_targets": example.entity_targets_BM,
     }
     return {"main": {k: v for k, v in stream.items() if v is not None}}
-
-
-def places_of(mask_BT: np.ndarray, most: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The True places of each row, ascending -> (places_BK int32, weights_BK float32).
-
-    K is `most`, or the largest count of a row; short rows repeat place 0, weight 0.
-    """
-    counts_B1 = mask_BT.sum(axis=1, keepdims=True)
-    K = most or max(int(counts_B1.max()), 1)
-    places_BK = np.argsort(~mask_BT, axis=1, kind="stable")[:, :K].astype(np.int32)
-    weights_BK = (np.arange(K) < counts_B1).astype(np.float32)
-    return np.where(weights_BK > 0, places_BK, 0).astype(np.int32), weights_BK
 
 
 def _in_place(pair: Pair, structure: str) -> tuple[np.ndarray, np.ndarray]:

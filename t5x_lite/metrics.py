@@ -67,11 +67,15 @@ def forward_flops(cfg: ModelConfig, shapes: dict[str, tuple[int, int, int]]) -> 
     D, F, V, E = cfg.d_model, cfg.d_ff, cfg.vocab_size, cfg.d_embed or cfg.d_model
     NH = cfg.heads * cfg.head_dim
     mlp = (3 if cfg.gated else 2) * 2 * D * F
-    relative = 2 * NH * cfg.heads if cfg.positions == "transformer_xl" else 0
+    # XLNet: queries times distances, and their projection; NEZHA: keys and values.
+    relative = dict(transformer_xl=1, functional=2).get(cfg.positions, 0)
 
     def layer(queries: int, keys: int) -> int:
         own = queries * (2 * 2 * D * NH + mlp) + keys * 2 * 2 * D * NH
-        return own + 4 * queries * keys * NH + relative
+        own += relative * 2 * queries * (queries + keys) * NH
+        if cfg.positions == "transformer_xl":
+            own += 2 * (queries + keys) * D * NH
+        return own + 4 * queries * keys * NH
 
     def head(cells: int) -> int:
         return cells * 2 * (E * V + (D * E if cfg.transform_output else 0))

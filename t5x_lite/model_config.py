@@ -131,6 +131,28 @@ def problems(m: ModelConfig):
             f"here {m.structure!r}. Set it to 0.",
         ),
         (
+            m.generator_width
+            and (
+                m.classes
+                or m.query_streams
+                or m.memory_length
+                or m.window
+                or not m.transform_output
+            ),
+            f"generator_width={m.generator_width} (ELECTRA) needs classes=0, "
+            "query_streams=0, memory_length=0, window=0 and transform_output=True.",
+        ),
+        (
+            m.positions == "functional" and m.query_streams,
+            f"positions='functional' has no query streams; query_streams="
+            f"{m.query_streams}. Use 'learned' or 'bias'.",
+        ),
+        (
+            m.positions == "transformer_xl" and m.query_streams > 1,
+            "positions='transformer_xl' has one query stream (XLNet) or none; "
+            f"query_streams={m.query_streams}.",
+        ),
+        (
             m.positions == "prophetnet" and single,
             f"positions='prophetnet' needs structure='encoder_decoder', here "
             f"{m.structure!r}.",

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from t5x_lite.config import Config
-from t5x_lite.example import Example
-from t5x_lite.layouts import Streams, places_of, single
+from t5x_lite.example import Example, places_of
+from t5x_lite.layouts import Streams, single
 from t5x_lite.objectives import OBJECTIVES
 from t5x_lite.vocab import Vocab
 

@@ -1,6 +1,7 @@
 """Everything a config resolves to: vocabulary, data, mesh, model, optimizer, state."""
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 from typing import Any
@@ -78,6 +79,8 @@ class Setup:
             try:
                 return pipeline.Batches(tokens, words, evaluation=evaluation, **shared)
             except ValueError as e:
+                if str(e).startswith("config."):  # not the corpus's fault
+                    raise
                 raise ValueError(f"{key}={source!r}: {e}") from e
 
         train = batches("config.data.train", cfg.data.train, False)
@@ -120,10 +123,16 @@ class Setup:
 
     def data_identity(self) -> dict:
         """What the content of the batches depends on beside the config."""
-        return {
+        found = {
             "vocab": self.vocab.fingerprint,
             "train": self.train_batches.store.fingerprint,
         }
+        for knob in ("spans", "similar", "entities"):
+            path = self.cfg.objective.get(knob)
+            if path:
+                content = pathlib.Path(path).read_bytes()
+                found[knob] = hashlib.sha256(content).hexdigest()[:16]
+        return found
 
     def to_device(self, batch: dict) -> dict:
         return sharding.to_device(batch, self.batch_sharding)
@@ -192,13 +201,25 @@ def check_fit(cfg: config_lib.Config, batches: pipeline.Batches):
             f"config.model.generator_width={model.generator_width} (ELECTRA) needs an "
             f"objective that predicts masked places, masked_lm; here is {name!r}."
         )
-    labels = stream.get("labels")
-    if (labels is not None) != (model.classes > 0):
+    sentence = cfg.objective.get("sentence", "none")
+    wanted = {"none": 0, "three_way": 3}.get(sentence, 2) if "labels" in stream else 0
+    if wanted != model.classes:
         raise ValueError(
-            f"config.objective {dict(cfg.objective)} "
-            f"{'labels' if labels is not None else 'does not label'} whole examples, "
-            f"but config.model.classes={model.classes}. Set it to "
-            f"{0 if labels is None else '2, or 3 with sentence=three_way'}."
+            f"config.model.classes={model.classes}, but config.objective "
+            f"{dict(cfg.objective)} labels whole examples in {wanted} classes. Set it "
+            f"to {wanted}."
+        )
+    types = int(stream["types"].max()) + 1 if "types" in stream else 0
+    if model.types and types > model.types:
+        raise ValueError(
+            f"config.model.types={model.types}, but config.objective "
+            f"{dict(cfg.objective)} makes {types} sentence types. Set it to {types}, "
+            "or to 0 to ignore them."
+        )
+    if cfg.data.train_inputs and model.structure != "decoder":
+        raise ValueError(
+            "config.data.train_inputs=True is for config.model.structure='decoder', "
+            f"here {model.structure!r}. Set it to False."
         )
 
 

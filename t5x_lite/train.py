@@ -206,11 +206,11 @@ class StepLog:
         loss = float(sums.nll) / weight
         norm = float(host["grad_norm"])
         # Checked before any save: every fetched step comes before it.
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not all(map(math.isfinite, (loss, norm, *others.values()))):
             raise FloatingPointError(
-                f"step {now} has loss {loss} and gradient norm {norm}. Lower "
-                "config.optim.learning_rate or set config.optim.clip_norm, then run "
-                "again: it resumes from the last checkpoint."
+                f"step {now} has loss {loss}, gradient norm {norm} {others or ''}. "
+                "Lower config.optim.learning_rate or set config.optim.clip_norm, then "
+                "run again: it resumes from the last checkpoint."
             )
         speed = self.setup.tokens_per_step / seconds
         self.bar.update()

@@ -62,6 +62,8 @@ def test_two_steps_of_every_config(name, cache, tmp_path):
     assert 0 < last["heldout_loss"] < 9 and last["unigram_loss"] > 0
     lines = metrics.read(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    numbers = [v for line in lines for v in line.values() if isinstance(v, float)]
+    assert np.isfinite(numbers).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

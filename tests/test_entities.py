@@ -19,6 +19,7 @@ from t5x_lite import (
     model,
     parameters,
     run,
+    stack,
     step,
 )
 from t5x_lite.objectives import entities as objective
@@ -111,7 +112,7 @@ def paper(p: dict, w_TD, e_MC, places_M, known_M, heads: tuple[int, int]):
 def aggregated(cfg, params, w_BTD, e_BMC, places_BM, known_BM):
     block = model.bind(entities.Aggregator(cfg), params)
     B, T, _ = w_BTD.shape
-    ctx = model.Context(visible_BTS=jnp.ones((B, T, T), bool))
+    ctx = stack.Context(visible_BTS=jnp.ones((B, T, T), bool))
     at = entities.Alignment(jnp.asarray(places_BM), jnp.asarray(known_BM))
     with jax.default_matmul_precision("highest"):
         return block(jnp.asarray(w_BTD), jnp.asarray(e_BMC), ctx, at)

@@ -166,15 +166,39 @@ def test_sentence_pairs(kind, spec):
         other = passages.others_BT[b][passages.others_BT[b] != vocab.pad_id]
         case = cases[labels[b]]
         if case == "next":
-            np.testing.assert_array_equal(np.concatenate([a, rest]), whole)
+            both = np.concatenate([a, rest])
+            np.testing.assert_array_equal(both, whole[: len(both)])
         elif case == "swapped":
-            np.testing.assert_array_equal(np.concatenate([rest, a]), whole)
+            both = np.concatenate([rest, a])
+            np.testing.assert_array_equal(both, whole[: len(both)])
         else:
             np.testing.assert_array_equal(a, whole[: len(a)])
-            np.testing.assert_array_equal(rest, other[: min(len(other), raw - len(a))])
+            windows = np.lib.stride_tricks.sliding_window_view(other, len(rest))
+            assert (windows == rest).all(axis=1).any()
         if len(whole) == raw and case == "next":
             splits.append(len(a))
-    assert min(splits) >= raw // 4 and max(splits) <= raw // 4 + raw // 2
+    # In the middle half, or at the start of the word that lies there.
+    assert 0 < min(splits) and max(splits) <= raw // 4 + raw // 2
+    assert np.mean(np.array(splits) >= raw // 4) > 0.8
+
+
+def test_lengths_do_not_tell_the_label():
+    """Short documents: B is as long whatever it is (a lookup stays at chance)."""
+    rng, vocab, B, raw = np.random.default_rng(0), load("bytes"), 6000, 61
+    letters = rng.integers(100, 125, (2, B, raw)).astype(np.int32)
+    lengths = rng.integers(16, raw + 1, (2, B, 1))
+    tokens, others = np.where(np.arange(raw) < lengths, letters, vocab.pad_id)
+    passages = Passages(tokens.astype(np.int32), others.astype(np.int32))
+    made, types, labels = masking.pair_passages(passages, Draws(1, 0, B), vocab, "nsp")
+    b_len = types.sum(axis=1)
+    a_len = (made != vocab.pad_id).sum(axis=1) - b_len
+    seen = a_len // 4 * 100 + b_len // 4
+    train, test = slice(0, B // 2), slice(B // 2, B)
+    votes: dict[int, int] = {}
+    for key, label in zip(seen[train].tolist(), labels[train].tolist(), strict=True):
+        votes[key] = votes.get(key, 0) + (1 if label else -1)
+    guess = np.array([votes.get(key, 0) > 0 for key in seen[test].tolist()])
+    assert abs(np.mean(guess == labels[test]) - 0.5) < 4 * 0.5 / np.sqrt(B // 2)
 
 
 def test_passages_may_be_tiny():

@@ -65,7 +65,6 @@ def test_each_epoch_takes_each_window_once(n_tokens, window):
         assert starts.dtype == np.int64
         covered = (starts[:, None] + np.arange(window)) % n_tokens
         assert len(np.unique(covered)) == n * window
-        assert {order.epoch_of(epoch * n + i) for i in range(n)} == {epoch}
 
 
 def test_a_large_epoch_is_a_permutation_too():
@@ -249,7 +248,10 @@ REFUSED = [
         {"objective": "mass", "knobs": {}, "structure": "encoder"},
         "trains .'encoder_decoder'., but structure='encoder'",
     ),
-    ({"knobs": {"densty": 0.1}}, "has no knob 'densty'; did you mean 'density'"),
+    (
+        {"knobs": {"densty": 0.1}},
+        "config.objective.densty is no knob of .*did you mean 'density'",
+    ),
     ({"knobs": {"density": 2.0}}, "density=2.0"),
     ({"inputs_length": 4000}, "makes 222 spans.*has 100 sentinels"),
 ]

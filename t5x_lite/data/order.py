@@ -38,9 +38,6 @@ class Order:
                 "can be shuffled. Use longer windows or several sources."
             )
 
-    def epoch_of(self, example: int) -> int:
-        return example // self.windows_per_epoch
-
     def starts(self, first_example: int, count: int) -> np.ndarray:
         """First token of the windows of `count` examples: int64 [count]."""
         starts = np.empty(count, np.int64)
@@ -117,34 +114,35 @@ class Documents:
         self.until_D = np.cumsum(self.windows_D)
         self.windows_per_epoch = int(self.until_D[-1])
 
+    def windows_of(self, examples_B: np.ndarray, shuffle: bool) -> np.ndarray:
+        """The windows that examples (global indices) show: int64 [B]."""
+        epochs_B, windows_B = np.divmod(examples_B, self.windows_per_epoch)
+        if not shuffle:
+            return windows_B
+        drawn = [
+            _shuffled(self.windows_per_epoch, self._seed(int(e)), int(w), 1)
+            for e, w in zip(epochs_B, windows_B, strict=True)
+        ]
+        return np.concatenate(drawn)
+
     def passages(
-        self, examples_B: np.ndarray, uniform_B2: np.ndarray, shuffle: bool
+        self, windows_B: np.ndarray, uniform_B2: np.ndarray, epochs_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """(tokens_BT, others_BT): of one document, and of another; 0 = padding.
 
         Args:
-            examples_B: global indices.
             uniform_B2: in [0, 1), chooses the other document and its window.
-            shuffle: False = windows in order, cut from each document's first token.
+            epochs_B: moves the cuts; -1 = from each document's first token.
         """
-        epochs_B, windows_B = np.divmod(examples_B, self.windows_per_epoch)
-        if shuffle:
-            windows_B = np.concatenate(
-                [
-                    _shuffled(self.windows_per_epoch, self._seed(int(e)), int(w), 1)
-                    for e, w in zip(epochs_B, windows_B, strict=True)
-                ]
-            )
         documents_B = np.searchsorted(self.until_D, windows_B, side="right")
         nth_B = windows_B - (self.until_D[documents_B] - self.windows_D[documents_B])
         count = len(self.first_D)
         step_B = 1 + (uniform_B2[:, 0] * (count - 1)).astype(np.int64)
         others_B = (documents_B + step_B) % count
         other_nth_B = (uniform_B2[:, 1] * self.windows_D[others_B]).astype(np.int64)
-        epochs = epochs_B if shuffle else np.full_like(epochs_B, -1)
         return (
-            self._cut(documents_B, nth_B, epochs),
-            self._cut(others_B, other_nth_B, epochs),
+            self._cut(documents_B, nth_B, epochs_B),
+            self._cut(others_B, other_nth_B, epochs_B),
         )
 
     def _seed(self, epoch: int) -> int:
@@ -154,8 +152,9 @@ class Documents:
 
     def _cut(self, documents_B, nth_B, epochs_B) -> np.ndarray:
         left_B = self.length_D[documents_B] - self.windows_D[documents_B] * self.window
-        # A cheap hash of (document, epoch) moves the cuts from epoch to epoch.
-        mixed_B = (documents_B * 2_654_435_761 + (epochs_B + 1) * 40_503) % 2**32
+        # A cheap hash of (seed, document, epoch) moves the cuts from epoch to epoch.
+        salt = self.seed % 2**16 * 97 + 1
+        mixed_B = (documents_B * 2_654_435_761 + (epochs_B + salt) * 40_503) % 2**32
         offset_B = np.where(epochs_B < 0, 0, mixed_B % np.maximum(left_B + 1, 1))
         starts_B = self.first_D[documents_B] + offset_B + nth_B * self.window
         tokens_BT = self.store.windows(starts_B, self.window).astype(np.int32)

@@ -14,9 +14,9 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from t5x_lite.config import nearest
-from t5x_lite.data.order import Documents, Order
+from t5x_lite.data.order import Documents, Order, check_window
 from t5x_lite.data.store import TokenStore
-from t5x_lite.example import STREAM, Example, Passages
+from t5x_lite.example import OPTIONAL, STREAM, Example, Passages
 from t5x_lite.layouts import LAYOUTS, decoder_all, single
 from t5x_lite.objectives import OBJECTIVES
 from t5x_lite.objectives.draws import Draws
@@ -93,17 +93,19 @@ class Batches:
         self._host_first = host_index * self.host_batch_size
         self.documents = None
         if row.reads(knobs) == "passages":
-            if memory_length or static_noise:
+            if memory_length:
                 raise ValueError(
                     f"objective {objective!r} reads whole documents: "
-                    "config.model.memory_length and config.data.static_noise do not go "
-                    "with it. Set them to 0 and False."
+                    f"config.model.memory_length={memory_length} does not go with it. "
+                    "Set it to 0."
                 )
             self.documents = Documents(store, lengths[0], seed, vocab.eos_id)
             self.examples_per_epoch = self.documents.windows_per_epoch
         else:
             recut = not static_noise
-            self.order = Order(store.n_tokens, self.raw_length, seed, recut)
+            # What is read as memory is predicted in the example before.
+            self.order = Order(store.n_tokens, lengths[0], seed, recut)
+            check_window(store.n_tokens, self.raw_length)
             self.examples_per_epoch = self.order.windows_per_epoch
         # Fails now, not at the first step, if the vocabulary has too few sentinels.
         blank_1T = np.full((1, self.raw_length), int(vocab.ordinary[0]), np.int32)
@@ -131,17 +133,21 @@ class Batches:
         draws = Draws(self.seed, first, B)
         examples_B = np.arange(first, first + B)
         if self.documents is not None:
-            place_B2 = draws.uniform(2)
-            raw = self.documents.passages(examples_B, place_B2, not self.evaluation)
-            batch = self._streams(Passages(*raw), draws)
+            windows_B = self.documents.windows_of(examples_B, not self.evaluation)
+            if self.static_noise:
+                batch = self._static(windows_B)
+            else:
+                still = self.evaluation
+                batch = self._of_documents(windows_B, examples_B, draws, still)
         else:
             if self.evaluation:
-                starts_B = examples_B % self.examples_per_epoch * self.raw_length
+                starts_B = examples_B % self.examples_per_epoch * self.order.window
             else:
                 starts_B = self.order.starts(first, B)
+            starts_B = (starts_B - self.memory_length) % self.store.n_tokens
             tokens_BT = self.store.windows(starts_B, self.raw_length)
             if self.static_noise:
-                batch = self._static(tokens_BT, starts_B)
+                batch = self._static(starts_B, tokens_BT)
             else:
                 batch = self._streams(tokens_BT, draws)
         batch["fingerprint"] = _fingerprints(batch, first)
@@ -164,12 +170,24 @@ class Batches:
             return single(made, self.vocab) | before
         return self._layout(made, self.vocab) | before
 
-    def _static(self, tokens_BT: np.ndarray, starts_B: np.ndarray) -> dict[str, Any]:
+    def _of_documents(self, windows_B, examples_B, draws: Draws, still: bool):
+        assert self.documents is not None
+        epochs_B = examples_B // self.examples_per_epoch
+        if still:
+            epochs_B = np.full_like(epochs_B, -1)
+        raw = self.documents.passages(windows_B, draws.uniform(2), epochs_B)
+        return self._streams(Passages(*raw), draws)
+
+    def _static(self, places_B: np.ndarray, tokens_BT=None) -> dict[str, Any]:
         """Noise by the place in the store instead of the example's index."""
-        rows = [
-            self._streams(row[None], Draws(self.seed, int(start), 1))
-            for row, start in zip(tokens_BT, starts_B, strict=True)
-        ]
+        rows = []
+        for b, place in enumerate(places_B):
+            draws = Draws(self.seed, int(place), 1)
+            if tokens_BT is None:
+                one = np.zeros(1, np.int64)
+                rows.append(self._of_documents(places_B[b : b + 1], one, draws, True))
+            else:
+                rows.append(self._streams(tokens_BT[b : b + 1], draws))
         return {
             name: {k: np.concatenate([r[name][k] for r in rows]) for k in stream}
             for name, stream in rows[0].items()
@@ -233,9 +251,14 @@ def iterate(
 
 
 def _fingerprints(batch: dict[str, Any], first: int) -> np.ndarray:
-    """crc32 of (global index, tokens, targets) of each example: uint32 [B]."""
-    parts = [s[k] for s in batch.values() for k in ("tokens", "targets") if k in s]
-    rows_BT = np.concatenate(parts, axis=1, dtype="<i4")
+    """crc32 of (global index, tokens, targets, what else is drawn): uint32 [B]."""
+    drawn = ("tokens", "targets", *OPTIONAL)
+    parts = [s[k] for s in batch.values() for k in drawn if k in s]
+    if "main" in batch:  # an encoder-decoder's ranks say nothing new
+        parts.append(batch["main"]["ranks"])
+    rows_BT = np.concatenate(
+        [part.reshape(len(part), -1) for part in parts], axis=1, dtype="<i4"
+    )
     indices_B = np.arange(first, first + len(rows_BT), dtype="<i8")
     crcs = [
         zlib.crc32(row.data, zlib.crc32(index.data))
@@ -260,15 +283,13 @@ def _explain_knobs(objective: str, knobs: dict[str, Any]):
     for name in knobs:
         if name not in known:
             raise ValueError(
-                f"objective {objective!r} has no knob {name!r}"
+                f"config.objective.{name} is no knob of {objective!r}"
                 f"{nearest(name, known)} Knobs: {', '.join(known) or 'none'}."
             )
     try:
         yield
-    except TypeError as error:
-        raise ValueError(
-            f"objective {objective!r} was given the knobs {knobs}: {error}."
-        ) from error
+    except (TypeError, ValueError, OSError) as error:
+        raise ValueError(f"config.objective {objective!r} {knobs}: {error}") from error
 
 
 def _check_names(objective: str, structure: str) -> None:

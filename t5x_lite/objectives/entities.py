@@ -5,8 +5,7 @@ import functools
 
 import numpy as np
 
-from t5x_lite.example import Example, Passages
-from t5x_lite.layouts import places_of
+from t5x_lite.example import Example, Passages, places_of
 from t5x_lite.objectives import masking
 from t5x_lite.objectives import units as units_lib
 from t5x_lite.objectives.draws import Draws

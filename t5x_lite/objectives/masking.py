@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from t5x_lite.example import Example, Passages
-from t5x_lite.layouts import places_of
+from t5x_lite.example import Example, Passages, places_of
 from t5x_lite.objectives import units as units_lib
 from t5x_lite.objectives.draws import Draws
 from t5x_lite.vocab import Vocab
@@ -326,23 +325,37 @@ def pair_passages(
         for part_BT in (passages.tokens_BT, passages.others_BT)
     )
     split_B1 = np.minimum(random_split(rng, length_B1), length_B1)
+    split_B1 = _at_word_start(passages.tokens_BT, split_B1, vocab)
     labels_B1 = np.floor(rng.uniform(1) * len(cases)).astype(np.int32)
     case_B1 = np.array(cases)[labels_B1]
     rest_B1, zero_B1 = length_B1 - split_B1, np.zeros_like(split_B1)
+    if "other" in cases:  # as long whatever the label, or the lengths would tell it
+        rest_B1 = np.minimum(rest_B1, other_B1)
     swapped_B1, alien_B1 = case_B1 == "swapped", case_B1 == "other"
     first = (
         np.where(swapped_B1, split_B1, zero_B1),
         np.where(swapped_B1, rest_B1, split_B1),
     )
-    start_B1 = np.where(swapped_B1, zero_B1, np.where(alien_B1, raw, split_B1))
-    alien_count_B1 = np.minimum(other_B1, raw - split_B1)
-    count_B1 = np.where(
-        swapped_B1, split_B1, np.where(alien_B1, alien_count_B1, rest_B1)
+    room_B1 = np.maximum(other_B1 - rest_B1, 0) + 1
+    alien_start_B1 = raw + np.floor(rng.uniform(1) * room_B1).astype(np.int64)
+    start_B1 = np.where(
+        swapped_B1, zero_B1, np.where(alien_B1, alien_start_B1, split_B1)
     )
+    count_B1 = np.where(swapped_B1, split_B1, rest_B1)
     tokens_BT, types_BT = frame_pair(
         pool_BN, first, (start_B1, count_B1), raw + 3, vocab
     )
     return tokens_BT, types_BT, labels_B1[:, 0]
+
+
+def _at_word_start(tokens_BT, split_B1, vocab: Vocab) -> np.ndarray:
+    """The last start of a word up to each split, if there is one behind the first."""
+    T = tokens_BT.shape[1]
+    starts_BT = np.where(vocab.starts_word(tokens_BT), np.arange(T), 0)
+    last_BT = np.maximum.accumulate(starts_BT, axis=1)
+    at_B1 = np.minimum(split_B1, T - 1)
+    snapped_B1 = np.take_along_axis(last_BT, at_B1, axis=1)
+    return np.where(snapped_B1 > 0, np.minimum(snapped_B1, split_B1), split_B1)
 
 
 def _windows(tokens: np.ndarray | Passages) -> np.ndarray:

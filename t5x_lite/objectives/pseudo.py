@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from t5x_lite.example import Example
-from t5x_lite.layouts import places_of
+from t5x_lite.example import Example, places_of
 from t5x_lite.objectives import lm, masking
 from t5x_lite.objectives import units as units_lib
 from t5x_lite.objectives.draws import Draws

@@ -1,0 +1,198 @@
+"""One block, and one scanned stack of them."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_lite import layers, positions
+from t5x_lite.model_config import ModelConfig
+from t5x_lite.parameters import stacked
+from t5x_lite.sharding import constrain
+
+
+class Cache(NamedTuple):
+    """Keys and values kept while decoding; every array carries a layers axis.
+
+    keys, values: [L, B, S, N, H] of the decoder's own tokens, filled up to `index`.
+    cross_keys, cross_values: [L, B, S', N, H] of the encoder's output, or None.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    cross_keys: jax.Array | None = None
+    cross_values: jax.Array | None = None
+
+
+class Context(NamedTuple):
+    """What all layers of a stack share: computed once, closed over by the scan.
+
+    T cells of the stack's own, then G*T of its query streams; see `positions.Grid`.
+    """
+
+    visible_BTS: jax.Array
+    bias_1NTS: jax.Array | None = None
+    grid: positions.Grid | None = None
+    banded_BTS: jax.Array | None = None  # of every cfg.window_every-th layer
+    memory_BSD: jax.Array | None = None
+    memory_visible_BTS: jax.Array | None = None
+    causal: bool = False  # which of T5's buckets
+    index: jax.Array | None = None  # where a cached decoder writes; None = no cache
+
+
+def relative_bias(table: positions.RelativeBias, ctx: Context) -> jax.Array:
+    """float32 [1, N, queries, keys]"""
+    if ctx.index is not None:
+        _, T, S = ctx.visible_BTS.shape
+        return table.row(ctx.index, S, ctx.causal, T)
+    assert ctx.grid is not None
+    T, S = ctx.grid.length, ctx.grid.memory + ctx.grid.length
+    return ctx.grid.over_streams(table(T, S, ctx.causal))
+
+
+class Block(nnx.Module):
+    """Attention, cross-attention (decoders), feed-forward; norms before or after."""
+
+    def __init__(self, cfg: ModelConfig, cross: bool, relative: str):
+        self.cfg, self.has_cross = cfg, cross
+        self.attention_norm = layers.Norm(cfg)
+        self.attention = layers.Attention(cfg, relative)
+        if relative == "bias_per_layer":
+            self.relative = positions.RelativeBias(cfg)
+        if cross:
+            self.cross_norm = layers.Norm(cfg)
+            self.cross = layers.Attention(cfg)
+        self.mlp_norm = layers.Norm(cfg)
+        self.mlp = layers.FeedForward(cfg)
+
+    def __call__(self, x_BTD, ctx: Context, key=None, cache=None, before_BMD=None):
+        """-> (x_BTD, this layer's cache). `cache` has no layers axis here.
+
+        Args:
+          before_BMD: inputs of this layer at the M tokens before (XLNet's memory).
+        """
+        keys = [None] * 6 if key is None else jax.random.split(key, 6)
+        pre, rate = self.cfg.norm_order == "pre", self.cfg.dropout
+
+        def sublayer(x_BTD, norm, f, key):
+            y_BTD = layers.dropout(f(norm(x_BTD) if pre else x_BTD), rate, key, along=1)
+            return x_BTD + y_BTD if pre else norm(x_BTD + y_BTD)
+
+        def attend(h_BTD):
+            nonlocal cache
+            y_BSD = h_BTD
+            if ctx.grid is not None and ctx.grid.streams and not ctx.grid.own:
+                y_BSD = h_BTD[:, : ctx.grid.length]
+            if before_BMD is not None:
+                before = self.attention_norm(before_BMD) if pre else before_BMD
+                y_BSD = jnp.concatenate([before, y_BSD], axis=1)
+            kv = self.attention.keys_values(y_BSD)
+            if cache is not None:
+                assert ctx.index is not None
+                at = (0, ctx.index, 0, 0)
+                kv = tuple(
+                    jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+                    for old, new in zip((cache.keys, cache.values), kv, strict=True)
+                )
+                cache = cache._replace(keys=kv[0], values=kv[1])
+            bias = ctx.bias_1NTS
+            if hasattr(self, "relative"):
+                bias = relative_bias(self.relative, ctx)
+            return self.attention(h_BTD, kv, ctx.visible_BTS, bias, keys[0], ctx.grid)
+
+        def cross(h_BTD):
+            if cache is None:
+                kv = self.cross.keys_values(ctx.memory_BSD)
+            else:
+                kv = (cache.cross_keys, cache.cross_values)
+            return self.cross(h_BTD, kv, ctx.memory_visible_BTS, None, keys[2])
+
+        x_BTD = sublayer(x_BTD, self.attention_norm, attend, keys[1])
+        if self.has_cross and ctx.memory_visible_BTS is not None:
+            x_BTD = sublayer(x_BTD, self.cross_norm, cross, keys[3])
+        mlp = functools.partial(self.mlp, key=keys[4])
+        x_BTD = sublayer(x_BTD, self.mlp_norm, mlp, keys[5])
+        return constrain(x_BTD, "batch", "length", "residual"), cache
+
+
+POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Stack(nnx.Module):
+    """Blocks over one stream; T5's relative bias is shared by them all.
+
+    Args:
+      cross: attends to an encoder's output too, where there is one.
+    """
+
+    def __init__(self, cfg: ModelConfig, depth: int, *, cross: bool):
+        self.cfg, self.depth = cfg, depth
+        # ProphetNet's encoder has learned positions only.
+        kind = cfg.positions
+        if kind == "prophetnet" and not cross:
+            kind = "learned"
+        block = Block(cfg, cross, kind)
+        self.blocks = block if cfg.share_layers else stacked(block, depth)
+        if kind == "bias":
+            self.relative = positions.RelativeBias(cfg)
+        if cfg.norm_order == "pre":
+            self.norm = layers.Norm(cfg)
+
+    def __call__(self, x_BTD, ctx: Context, key=None, cache=None, before_LBMD=None):
+        """-> (x_BTD after the final norm, new cache, each layer's input [L, B, T, D]).
+
+        The inputs are of the stack's own cells, and only kept with config.model.
+        memory_length; else None.
+        """
+        graph, params = nnx.split(self.blocks)
+        params, cfg = nnx.to_pure_dict(params), self.cfg
+        keys = None if key is None else jax.random.split(key, self.depth)
+        if hasattr(self, "relative"):
+            ctx = ctx._replace(bias_1NTS=relative_bias(self.relative, ctx))
+        banded_L = None
+        if ctx.banded_BTS is not None:
+            banded_L = (jnp.arange(self.depth) + 1) % cfg.window_every == 0
+
+        def layer(x_BTD, of_layer):
+            params, key, cache, before_BMD, banded = of_layer
+            if cfg.share_layers:
+                params = shared
+            own = ctx
+            if ctx.banded_BTS is not None:
+                seen = jnp.where(banded, ctx.banded_BTS, ctx.visible_BTS)
+                own = ctx._replace(visible_BTS=seen)
+            read_BTD = None
+            if cfg.memory_length and ctx.grid is not None:
+                read_BTD = x_BTD[:, : ctx.grid.length]
+            block = nnx.merge(graph, params)
+            x_BTD, cache = block(x_BTD, own, key, cache, before_BMD)
+            return x_BTD, (cache, read_BTD)
+
+        if cfg.remat != "none":
+            layer = jax.checkpoint(
+                layer, policy=POLICIES[cfg.remat], prevent_cse=not cfg.scan
+            )
+        shared = params if cfg.share_layers else None
+        each = None if cfg.share_layers else params
+        per_layer = (each, keys, cache, before_LBMD, banded_L)
+        if cfg.scan:
+            x_BTD, out = jax.lax.scan(layer, x_BTD, per_layer, length=self.depth)
+        else:
+            outs = []
+            for i in range(self.depth):
+                one = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
+                x_BTD, new = layer(x_BTD, one)
+                outs.append(new)
+            out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        cache, read_LBTD = out
+        return self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, cache, read_LBTD
