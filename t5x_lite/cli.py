@@ -173,7 +173,7 @@ def _new_knob(raw: ml_collections.ConfigDict, override: str) -> bool:
     """
     flag, has_value, text = override.partition("=")
     section, _, name = flag.lstrip("-").rpartition(".")
-    known = section != "config.objective" or name in raw.get("objective", {})
+    known = section != "config.objective" or name in raw.objective
     if known or not has_value:
         return False
     try:
