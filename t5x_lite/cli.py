@@ -173,7 +173,8 @@ def _new_knob(raw: ml_collections.ConfigDict, override: str) -> bool:
     """
     flag, has_value, text = override.partition("=")
     section, _, name = flag.lstrip("-").rpartition(".")
-    known = section != "config.objective" or name in raw.objective
+    knobs: Any = raw["objective"]
+    known = section != "config.objective" or name in knobs
     if known or not has_value:
         return False
     try:
@@ -181,7 +182,7 @@ def _new_knob(raw: ml_collections.ConfigDict, override: str) -> bool:
     except (ValueError, SyntaxError):
         value = text
     with raw.unlocked():
-        raw.objective[name] = value
+        knobs[name] = value
     return True
 
 
