@@ -213,6 +213,24 @@ def test_every_objective_fits_a_layout_with_its_lengths():
         assert min(raw, inputs, targets) > 0
 
 
+@pytest.mark.parametrize("sentence", ["none", "nsp"])
+def test_static_noise_is_the_same_in_every_epoch(store, sentence):
+    """Each window, wherever an epoch's shuffle puts it, is noised the same way."""
+    knobs = {"sentence": sentence}
+    asked = dict(objective="masked_lm", structure="encoder", knobs=knobs)
+
+    def epochs(static_noise):
+        batches = make(store, **asked, batch_size=1, static_noise=static_noise)
+        n = batches.examples_per_epoch
+        rows = [batches[i]["main"]["tokens"].tobytes() for i in range(2 * n)]
+        return set(rows[:n]), set(rows[n:])
+
+    first, second = epochs(static_noise=True)
+    assert first == second and len(first) > 10
+    first, second = epochs(static_noise=False)
+    assert first.isdisjoint(second)
+
+
 def broken(batch, stream, field, value):
     return batch | {stream: batch[stream] | {field: value}}
 
