@@ -4,7 +4,7 @@
 
 2026-11-21, 2 CPU cores: 500 steps, held-out loss 4.3528 nats per target token, unigram
 predictor 5.6851, 2 min 57 s with the install (revision 04fc3de); 4.3594 and 5 min 41 s
-beside other work (revision 0cc4cd2). Picked on this held-out
+beside other work (revision 64bc7e2). Picked on this held-out
 text: AdamW 3e-3 gave 4.5733 (400 steps, batch 32) and 4.6994 (500 steps, batch 16);
 after 120 steps AdamW 6e-3 gave 5.1309 and Adafactor 0.03 4.8779 (part of the text)."""
 
