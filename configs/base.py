@@ -67,7 +67,8 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def study(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same experiment in a minute or two on a CPU, on the demo text.
 
-    One shape, batch, optimizer and schedule for all: what differs is the system.
+    One shape, batch, optimizer and schedule for all, and one learning rate for each
+    place of the norms: what else differs is the system.
     """
     c.steps, c.eval_every, c.eval_batches, c.log_every = 800, 800, 0, 10
     c.checkpoint.every = 800
@@ -78,7 +79,7 @@ def study(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         dict(
             name="adamw",
             schedule="cosine",
-            learning_rate=2e-3,
+            learning_rate=2e-3 if c.model.norm_order == "pre" else 1e-3,
             warmup_steps=80,
             final_fraction=0.1,
             clip_norm=1.0,

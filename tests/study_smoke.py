@@ -31,7 +31,7 @@ SYSTEMS = {
     "T5 v1.0": ("t5_small", []),
     "T5 v1.1": ("t5_1_1_small", []),
     "ByT5": ("byt5_small", []),
-    "umT5": ("t5_1_1_small", ["--config.model.positions=bias_per_layer"]),
+    "umT5": ("umt5_small", []),
     "UL2, encoder-decoder": ("ul2", []),
     "UL2, prefix-LM": ("ul2", ["--config.model.structure=prefix_lm"]),
     "UL2, decoder": ("ul2", ["--config.model.structure=decoder"]),
