@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 
 from t5x_lite import model_config
-from t5x_lite.model_config import ModelConfig, key
+from t5x_lite.model_config import DTYPES, ModelConfig, key
 
 SCHEDULES = ("constant", "rsqrt", "linear", "cosine", "wsd")
 
@@ -62,6 +62,10 @@ class OptimConfig:
         ((r".*", 1.0),), "(regex, multiplier) of the learning rate, 0 = frozen"
     )
     microbatches: int = key(1, "gradient accumulation steps", low=1)
+    accumulate_dtype: str = key(
+        "float32", "of gradients summed over microbatches", among=DTYPES
+    )
+    offload: bool = key(False, "keep the optimizer's state in host memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +80,14 @@ class ShardingConfig:
     data: int = key(-1, "mesh size of data parallelism; -1 = the rest", low=-1)
     fsdp: int = key(1, "mesh size of sharded parameters", low=-1)
     tensor: int = key(1, "mesh size of tensor parallelism", low=-1)
+    sequence: int = key(1, "mesh size of sequence parallelism", low=-1)
+    dcn_data: int = key(-1, "slices that `data` spans; -1 = those there are", low=-1)
+    dcn_fsdp: int = key(1, "slices that `fsdp` spans", low=1)
     rules: dict = key(
         dict(
             batch=("data", "fsdp"),
-            length=(),
+            length=("sequence",),
+            predicted=("sequence",),
             residual=(),
             vocab=("tensor",),
             embed=("fsdp",),
@@ -113,6 +121,12 @@ class Config:
     eval_batches: int = key(0, "held-out batches; 0 = the whole split", low=0)
     platform: str = key("", "jax platform ('cpu', 'tpu', 'cuda'); empty = best")
     compile_cache: str = key("runs/compile_cache", "compiled programs; empty = off")
+    profile: int = key(0, "steps to trace into WORKDIR/profile; 0 = none", low=0)
+    profile_first: int = key(10, "steps after the start before the trace", low=0)
+    peers_timeout: int = key(300, "seconds to wait for all processes", low=1)
+    slow_step: float = key(
+        10.0, "dump stacks when a step takes k times the median; 0 = never", low=0.0
+    )
     objective: dict = key(
         dict(name="span_corruption", density=0.15, mean_span=3.0),
         "objective name (t5x_lite/objectives) and its knobs",
@@ -275,12 +289,15 @@ def _cross_checks(c: Config):
                     f"{c.model.d_entity}: allowed is {' or '.join(map(repr, allowed))}."
                 )
     yield from model_config.problems(c.model)
-    sizes = (c.sharding.data, c.sharding.fsdp, c.sharding.tensor)
+    s = c.sharding
+    sizes = (s.data, s.fsdp, s.tensor, s.sequence)
     if 0 in sizes or sizes.count(-1) > 1:
         yield (
-            f"config.sharding data, fsdp, tensor = {sizes}: each must be >= 1, and at "
-            "most one -1 (inferred)."
+            f"config.sharding data, fsdp, tensor, sequence = {sizes}: each must be >= "
+            "1, and at most one -1 (inferred)."
         )
+    if s.dcn_data == 0:
+        yield "config.sharding.dcn_data=0: give the number of slices, or -1."
 
 
 def describe() -> str:

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None):
     setup = run.Setup.of(config.freeze(raw))
     batch = setup.train_batches[numbers["step"]]
     print(setup.headline())
-    for b in range(min(numbers["examples"], setup.train_batches.host_batch_size)):
+    for b in range(min(numbers["examples"], len(setup.train_batches.rows))):
         one = {
             name: {k: v[b : b + 1] for k, v in stream.items()}
             for name, stream in batch.items()

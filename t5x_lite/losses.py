@@ -95,13 +95,13 @@ def _chunked(
     def body(carry, of_chunk):
         sums, dkernel_VD, dbias_V = carry
         x_BCD, targets_BC, weights_BC = of_chunk
-        x_BCD = constrain(x_BCD, "batch", "length", "residual")
+        x_BCD = constrain(x_BCD, "batch", "predicted", "residual")
         logits_BCV = jnp.einsum(
             "BCD,VD->BCV", x_BCD, kernel_VD, preferred_element_type=jnp.float32
         )
         if bias_V is not None:
             logits_BCV += bias_V.astype(jnp.float32)[None, None]
-        logits_BCV = constrain(logits_BCV, "batch", "length", "vocab")
+        logits_BCV = constrain(logits_BCV, "batch", "predicted", "vocab")
         ids_11V = jnp.arange(V)[None, None]
         if used_ids < V:
             logits_BCV = jnp.where(ids_11V < used_ids, logits_BCV, -jnp.inf)

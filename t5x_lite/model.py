@@ -75,7 +75,7 @@ class Assembly(nnx.Module):
         y_BTD = y_BTD[:, T:] if "query_ranks" in stream else y_BTD
         if "places" in stream:
             y_BTD = jnp.take_along_axis(y_BTD, stream["places"][..., None], axis=1)
-            y_BTD = constrain(y_BTD, "batch", "length", "residual")
+            y_BTD = constrain(y_BTD, "batch", "predicted", "residual")
         return Outputs(self.output(y_BTD), classes)
 
 

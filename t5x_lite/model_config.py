@@ -19,7 +19,7 @@ POSITIONS = (
     *("functional", "transformer_xl", "prophetnet"),
 )
 DTYPES = ("float32", "bfloat16")
-ATTENTION = ("einsum", "rows")
+ATTENTION = ("einsum", "rows", "cudnn")
 REMAT = ("none", "full", "dots", "dots_no_batch")
 
 
@@ -71,7 +71,9 @@ class ModelConfig:
     entity_heads: int = key(4, "attention heads of the entities", low=1)
     entity_layers: int = key(6, "layers that read entities, after the others", low=1)
     dropout: float = key(0.0, "rate, broadcast over length as in T5", low=0.0, high=0.9)
-    attention: str = key("einsum", "kernel; rows: one CPU device", among=ATTENTION)
+    attention: str = key(
+        "einsum", "kernel; rows: one CPU device, cudnn: GPU", among=ATTENTION
+    )
     dtype: str = key("float32", "compute dtype; state is float32", among=DTYPES)
     remat: str = key("dots", "what the backward pass recomputes", among=REMAT)
     scan: bool = key(True, "loop over layers with lax.scan (False: unrolled)")

@@ -44,8 +44,10 @@ class Setup:
         """
         prepare_jax(cfg)
         words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
-        cfg = resolve_entities(resolve_vocab_size(cfg, words), words)
         mesh = sharding.make_mesh(cfg.sharding, devices)
+        rules = cfg.sharding.rules
+        ways = math.prod(mesh.shape.get(a, 1) for a in rules.get("vocab", ()))
+        cfg = resolve_entities(resolve_vocab_size(cfg, words, ways), words)
         sizes = dataclasses.replace(cfg.sharding, **mesh.shape)
         cfg = dataclasses.replace(cfg, sharding=sizes)
         if cfg.model.attention == "rows" and mesh.size > 1:
@@ -54,10 +56,10 @@ class Setup:
                 f"{mesh.size}. Use 'einsum'."
             )
         size = cfg.data.batch_size // cfg.optim.microbatches
-        rows = sharding.batch_sharding(mesh, cfg.sharding.rules, size)
+        rows = sharding.batch_sharding(mesh, rules, size)
         net = model_lib.build(cfg.model)
         tx = optim.make(cfg, net)
-        abstract = state.abstract(net, tx, mesh, cfg.sharding.rules)
+        abstract = state.abstract(net, tx, mesh, rules, cfg.optim.offload)
 
         knobs = dict(cfg.objective)
         shared: dict[str, Any] = dict(
@@ -70,8 +72,7 @@ class Setup:
             static_noise=cfg.data.static_noise,
             batch_size=cfg.data.batch_size,
             seed=cfg.seed,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            rows=sharding.local_rows(rows, cfg.data.batch_size),
         )
 
         def batches(key: str, source: str, evaluation: bool) -> pipeline.Batches:
@@ -135,7 +136,8 @@ class Setup:
         return found
 
     def to_device(self, batch: dict) -> dict:
-        return sharding.to_device(batch, self.batch_sharding)
+        size = self.cfg.data.batch_size
+        return sharding.to_device(batch, self.batch_sharding, size)
 
     def create_state(self) -> dict:
         fresh = state.create(self.model, self.tx, self.abstract_state, self.cfg.seed)
@@ -161,7 +163,8 @@ class Setup:
 
         def pairs(batches, steps):
             for i in steps:
-                yield batches[i][stream]["targets"], batches[i][stream]["weights"]
+                trained = batches.whole(i)[stream]
+                yield trained["targets"], trained["weights"]
 
         return metrics.unigram_loss(
             pairs(self.train_batches, range(max(1, min(enough, epoch)))),
@@ -255,11 +258,18 @@ def resolve_entities(cfg: config_lib.Config, words: Vocab) -> config_lib.Config:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, entities=size))
 
 
-def resolve_vocab_size(cfg: config_lib.Config, words: Vocab) -> config_lib.Config:
-    """Fills in config.model.vocab_size=0; refuses a size the vocabulary cannot have."""
+def resolve_vocab_size(
+    cfg: config_lib.Config, words: Vocab, ways: int = 1
+) -> config_lib.Config:
+    """Fills in config.model.vocab_size=0; refuses a size the vocabulary cannot have.
+
+    Args:
+      ways: that the vocabulary is split, which a size filled in divides by.
+    """
     size = cfg.model.vocab_size
     if size == 0:
-        size = -(-words.size // 128) * 128
+        unit = math.lcm(128, ways)
+        size = -(-words.size // unit) * unit
     if not words.size <= size < words.size + MOST_PADDED_IDS:
         raise ValueError(
             f"config.model.vocab_size={size} does not match the vocabulary "

@@ -11,21 +11,27 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite import config as config_lib
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 def make_mesh(cfg: config_lib.ShardingConfig, devices=None) -> Mesh:
-    """The device mesh (data, fsdp, tensor); a size of -1 takes what is left.
+    """The device mesh (data, fsdp, tensor, sequence); -1 takes what is left.
+
+    Devices are ordered by JAX so that neighbours in the mesh are neighbours in the
+    machine; `dcn_data` and `dcn_fsdp` are the parts of `data` and `fsdp` that lie
+    between slices, which are joined by a slower network.
 
     Raises:
-      ValueError: if the sizes do not multiply to the number of devices.
+      ValueError: if the sizes do not multiply to the number of devices, or the parts
+        between slices not to the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    asked = sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    asked = sizes = [cfg.data, cfg.fsdp, cfg.tensor, cfg.sequence]
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes = [len(devices) // known if s == -1 else s for s in sizes]
@@ -35,12 +41,47 @@ def make_mesh(cfg: config_lib.ShardingConfig, devices=None) -> Mesh:
             f"{len(devices)} device(s): the sizes must multiply to {len(devices)}. Set "
             "one of them to -1 to infer it."
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    grid = device_grid(sizes, cfg.dcn_data, cfg.dcn_fsdp, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_grid(sizes, dcn_data: int, dcn_fsdp: int, devices) -> np.ndarray:
+    """Devices in the shape `sizes`, slices outermost along data and fsdp."""
+    attribute = "slice_index"
+    if len({getattr(d, attribute, 0) for d in devices}) == 1 and dcn_data > 0:
+        attribute = "process_index"  # without slices, what shares a process is near
+    slices = len({getattr(d, attribute, 0) for d in devices})
+    if dcn_data == -1:
+        dcn_data = max(1, slices // dcn_fsdp)
+    between = (dcn_data, dcn_fsdp, 1, 1)
+    if math.prod(between) == slices == 1 or (
+        math.prod(between) == 1 and attribute == "process_index"
+    ):
+        return mesh_utils.create_device_mesh(
+            tuple(sizes), devices, allow_split_physical_axes=True
+        )
+    inside = [size // ways for size, ways in zip(sizes, between, strict=True)]
+    if math.prod(between) != slices or any(
+        size % ways for size, ways in zip(sizes, between, strict=True)
+    ):
+        raise ValueError(
+            f"config.sharding.dcn_data={dcn_data}, dcn_fsdp={dcn_fsdp} with data="
+            f"{sizes[0]}, fsdp={sizes[1]}: they must divide these and multiply to the "
+            f"number of slices, here {slices} (by {attribute}). Set dcn_data=-1 to "
+            "infer it."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        inside,
+        between,
+        devices,
+        process_is_granule=attribute == "process_index",
+        allow_split_physical_axes=True,
     )
 
 
-def spec(name: str, axes, shape, rules: Mapping, mesh: Mesh) -> PartitionSpec:
+def spec(
+    name: str, axes, shape, rules: Mapping, mesh: Mesh, uneven: tuple[str, ...] = ()
+) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions carry logical axis names.
 
     Args:
@@ -48,6 +89,7 @@ def spec(name: str, axes, shape, rules: Mapping, mesh: Mesh) -> PartitionSpec:
       axes: one logical name (or None) per dimension.
       shape: sizes, checked for divisibility.
       rules: logical name -> tuple of mesh axes.
+      uneven: axis names that need not divide; the last shard is then padded.
     """
     parts, taken = [], {}
     for axis, size in zip(axes, shape, strict=True):
@@ -72,7 +114,7 @@ def spec(name: str, axes, shape, rules: Mapping, mesh: Mesh) -> PartitionSpec:
                 )
             taken[mesh_axis] = axis
         parts_over = math.prod(mesh.shape[a] for a in mesh_axes)
-        if size % parts_over:
+        if size % parts_over and axis not in uneven:
             raise ValueError(
                 f"{name}: dimension {axis!r} of size {size} does not divide over mesh "
                 f"axes {mesh_axes} of size {parts_over}. Change the size, the mesh "
@@ -114,13 +156,17 @@ def on_cpu() -> bool:
     return active[0].devices.flat[0].platform == "cpu"
 
 
+# Lengths follow from the text and the noise, not from the mesh.
+UNEVEN = ("length", "predicted")
+
+
 def constrain(x: jax.Array, *axes) -> jax.Array:
     """Pins an activation to the rules of its logical axes; outside `use`: a no-op."""
     active = _ACTIVE.get()
     if active is None:
         return x
     mesh, rules = active
-    partition = spec("activation", axes, x.shape, rules, mesh)
+    partition = spec("activation", axes, x.shape, rules, mesh, uneven=UNEVEN)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
 
 
@@ -130,8 +176,33 @@ def batch_sharding(mesh: Mesh, rules: Mapping, size: int) -> NamedSharding:
     return NamedSharding(mesh, partition)
 
 
-def to_device(batch, sharding: NamedSharding):
-    """Host batch (this process's rows) -> global arrays split over the batch axis."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+def local_rows(where: NamedSharding, size: int) -> np.ndarray:
+    """The rows of a global batch of `size` that this process's devices hold.
+
+    Processes that share rows (a tensor axis may span them) each get them all; a host's
+    rows need not be neighbours (a host of a TPU pod is a block of a grid).
+    """
+    held = where.addressable_devices_indices_map((size,)).values()
+    parts = [part[0].indices(size) for part in held if part]
+    return np.unique([i for part in parts for i in range(*part)])
+
+
+def to_device(batch, where: NamedSharding, size: int | None = None):
+    """Host batch (the `local_rows` of `size`) -> global arrays split over the batch.
+
+    Args:
+      size: of the global batch; None = `batch` is all of it.
+    """
+    if size is None:
+        size = len(jax.tree.leaves(batch)[0])
+    rows = local_rows(where, size)
+
+    def put(x):
+        def part(index):
+            first, last, _ = index[0].indices(size)
+            at = int(np.searchsorted(rows, first))
+            return x[at : at + last - first]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), where, part)
+
+    return jax.tree.map(put, batch)

@@ -17,8 +17,17 @@ def init(model: nnx.Module, tx: optax.GradientTransformation, key) -> dict:
     return {"params": params, "opt": tx.init(params), "step": jnp.zeros((), jnp.int32)}
 
 
-def abstract(model, tx, mesh: Mesh, rules: Mapping) -> dict:
-    """The state as ShapeDtypeStructs with shardings; needs no device memory."""
+def abstract(model, tx, mesh: Mesh, rules: Mapping, offload: bool = False) -> dict:
+    """The state as ShapeDtypeStructs with shardings; needs no device memory.
+
+    Args:
+      offload: the optimizer's arrays lie in the host's memory between steps.
+
+    Raises:
+      ValueError: `offload` on a backend that cannot.
+    """
+    if offload:
+        check_offload(mesh)
     shapes = jax.eval_shape(lambda key: init(model, tx, key), jax.random.key(0))
     params = parameters.declared(model)
 
@@ -27,9 +36,38 @@ def abstract(model, tx, mesh: Mesh, rules: Mapping) -> dict:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = sharding.spec(name, axes, leaf.shape, rules, mesh)
         where = NamedSharding(mesh, spec)
+        if offload and path[0].key == "opt" and leaf.ndim:
+            where = where.with_memory_kind(HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree.map_with_path(place, shapes)
+
+
+HOST = "pinned_host"
+
+
+def check_offload(mesh: Mesh):
+    """Refuses config.optim.offload where devices have no such memory."""
+    device = mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if device.platform == "cpu" or HOST not in kinds:
+        raise ValueError(
+            f"config.optim.offload=True: {device.device_kind} has no {HOST!r} memory "
+            f"apart from its own (it has {sorted(kinds)}). Set it to False, or shard "
+            "the state with config.sharding.fsdp."
+        )
+
+
+def on_device(opt, abstract_opt):
+    """Brings offloaded arrays to the device, within jit; others are left alone."""
+
+    def bring(x, leaf):
+        where = leaf.sharding
+        if where.memory_kind != HOST:
+            return x
+        return jax.device_put(x, where.with_memory_kind("device"))
+
+    return jax.tree.map(bring, opt, abstract_opt)
 
 
 def shardings(abstract_state):

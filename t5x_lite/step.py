@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from t5x_lite import losses
+from t5x_lite import state as state_lib
 from t5x_lite.config import Config
 from t5x_lite.model import Outputs, bind, build, trained_stream
 from t5x_lite.sharding import constrain
@@ -92,11 +93,18 @@ def batch_sums(
 
 
 def make_train_step(
-    model: nnx.Module, tx: optax.GradientTransformation, cfg: Config, used_ids: int
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    cfg: Config,
+    used_ids: int,
+    abstract_state: dict | None = None,
 ):
     """-> train_step(state, batch) -> (state, metrics); jit it with donated state.
 
     Dropout depends on (seed, step).
+
+    Args:
+      abstract_state: says what lies in the host's memory (config.optim.offload).
     """
 
     def sums_and_grads(params, batch, key, whole):
@@ -118,8 +126,13 @@ def make_train_step(
             batch,
             key,
             cfg.optim.microbatches,
+            cfg.optim.accumulate_dtype,
         )
-        updates, opt = tx.update(grads, state["opt"], state["params"])
+        opt = state["opt"]
+        if cfg.optim.offload:
+            assert abstract_state is not None
+            opt = state_lib.on_device(opt, abstract_state["opt"])
+        updates, opt = tx.update(grads, opt, state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics = {
             "sums": sums,
@@ -131,8 +144,14 @@ def make_train_step(
     return train_step
 
 
-def accumulate(sums_and_grads, params, batch, key, microbatches: int):
-    """Sums and gradients over `microbatches` slices of the batch, one at a time."""
+def accumulate(
+    sums_and_grads, params, batch, key, microbatches: int, dtype: str = "float32"
+):
+    """Sums and gradients over `microbatches` slices of the batch, one at a time.
+
+    Args:
+      dtype: of the running sum of the gradients; loss sums are float32.
+    """
     if microbatches == 1:
         return sums_and_grads(params, batch, key)
 
@@ -146,14 +165,21 @@ def accumulate(sums_and_grads, params, batch, key, microbatches: int):
     def body(total, of_slice):
         part, i = of_slice
         own = None if key is None else jax.random.fold_in(key, i)
-        return jax.tree.map(jnp.add, total, sums_and_grads(params, part, own)), None
+        sums, grads = sums_and_grads(params, part, own)
+        grads = jax.tree.map(lambda g: g.astype(dtype), grads)
+        return jax.tree.map(jnp.add, total, (sums, grads)), None
 
     slices = (jax.tree.map(split, batch), jnp.arange(microbatches))
     shapes = jax.eval_shape(
         sums_and_grads, params, jax.tree.map(lambda x: x[0], slices[0]), key
     )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, slices)[0]
+    sums, grads = shapes
+    zeros = (
+        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums),
+        jax.tree.map(lambda s: jnp.zeros(s.shape, dtype), grads),
+    )
+    sums, grads = jax.lax.scan(body, zeros, slices)[0]
+    return sums, jax.tree.map(lambda g, s: g.astype(s.dtype), grads, shapes[1])
 
 
 def make_eval_step(model: nnx.Module, cfg: Config, used_ids: int):

@@ -24,7 +24,7 @@ from t5x_lite.vocab import Vocab
 
 
 class Batches:
-    """Random access to the batches of a run: `batches[step]` -> host batch.
+    """Random access to the batches of a run: `batches[step]` -> rows of this host.
 
     Args:
         store: the tokens.
@@ -35,8 +35,7 @@ class Batches:
         inputs_length: tokens of the inputs, EOS included.
         batch_size: global batch size, over all hosts.
         seed: of the order and of the objective's random numbers.
-        host_index: this host, in [0, host_count).
-        host_count: number of hosts; divides batch_size.
+        rows: of a batch that this host makes, ascending; None = all.
         evaluation: go through the store once, in order, from its first token; the
             last batch is filled up with rows of weight 0.
         memory_length: tokens before each example that become its memory stream.
@@ -63,21 +62,18 @@ class Batches:
         inputs_length: int,
         batch_size: int,
         seed: int,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: np.ndarray | None = None,
         evaluation: bool = False,
         memory_length: int = 0,
         train_inputs: bool = False,
         static_noise: bool = False,
     ):
         _check_names(objective, structure)
-        if batch_size < 1 or batch_size % host_count:
-            raise ValueError(
-                f"batch_size={batch_size} cannot be split over {host_count} hosts: it "
-                f"must be a positive multiple of {host_count}."
-            )
-        if not 0 <= host_index < host_count:
-            raise ValueError(f"host_index={host_index}: allowed is [0, {host_count}).")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size:
+            raise ValueError(f"rows={rows} of a batch: allowed is [0, {batch_size}).")
         row = OBJECTIVES[objective]
         self._make, self._knobs = row.make, dict(knobs)
         self._layout = LAYOUTS[structure]
@@ -89,8 +85,7 @@ class Batches:
         self.store, self.vocab, self.seed = store, vocab, seed
         self.batch_size, self.evaluation = batch_size, evaluation
         self.memory_length, self.static_noise = memory_length, static_noise
-        self.host_batch_size = batch_size // host_count
-        self._host_first = host_index * self.host_batch_size
+        self.rows = rows
         self.documents = None
         if row.reads(knobs) == "passages":
             if memory_length:
@@ -121,15 +116,27 @@ class Batches:
         return -(-self.examples_per_epoch // self.batch_size)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """The batch of `step`: streams of [B_host, T] (see `example`), fingerprint.
+        """This host's rows of the batch of `step`; see `whole`."""
+        return self._rows(step, self.rows)
+
+    def whole(self, step: int) -> dict[str, Any]:
+        """The batch of `step`: streams of [B, T] (see `example`), fingerprint.
 
         Raises:
             IndexError: step < 0, or behind the last batch of an evaluation.
         """
+        return self._rows(step, np.arange(self.batch_size))
+
+    def _rows(self, step: int, rows: np.ndarray) -> dict[str, Any]:
         if step < 0 or (self.evaluation and step >= len(self)):
             raise IndexError(f"batches[{step}]: no such step.")
-        first = step * self.batch_size + self._host_first
-        B = self.host_batch_size
+        first = step * self.batch_size
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+        made = [self._examples(first + int(run[0]), len(run)) for run in runs]
+        return made[0] if len(made) == 1 else _joined(made)
+
+    def _examples(self, first: int, B: int) -> dict[str, Any]:
+        """The examples [first, first + B)."""
         draws = Draws(self.seed, first, B)
         examples_B = np.arange(first, first + B)
         if self.documents is not None:
@@ -188,14 +195,21 @@ class Batches:
                 rows.append(self._of_documents(places_B[b : b + 1], one, draws, True))
             else:
                 rows.append(self._streams(tokens_BT[b : b + 1], draws))
-        return {
-            name: {k: np.concatenate([r[name][k] for r in rows]) for k in stream}
-            for name, stream in rows[0].items()
-        }
+        return _joined(rows)
 
 
 # Targets and weights of a stream that is only read.
 _NOTHING = (np.zeros((1, 0), np.int32), np.zeros((1, 0), np.float32))
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Batches of some rows each -> one of all of them."""
+    return {
+        name: _joined([part[name] for part in parts])
+        if isinstance(value, dict)
+        else np.concatenate([part[name] for part in parts])
+        for name, value in parts[0].items()
+    }
 
 
 def _shape(stream: dict[str, np.ndarray]) -> tuple[int, int, int]:
