@@ -37,7 +37,7 @@ def devices_of(slices: int, each: int, processes: int = 1):
 
 @pytest.mark.parametrize("dcn", [(-1, 1), (2, 1), (1, 2)])
 def test_slices_are_outermost_along_their_axis(dcn):
-    grid = sharding.device_grid([2, 4, 1, 1], *dcn, devices_of(2, 4))
+    grid = sharding.device_grid([2, 4, 1, 1], dcn[0], dcn[1], devices_of(2, 4))
     slices = np.vectorize(lambda d: d.slice_index)(grid)[:, :, 0, 0]
     axis = 0 if dcn[1] == 1 else 1
     assert (slices == np.indices((2, 4))[axis] // (1 if axis == 0 else 2)).all()
@@ -46,7 +46,7 @@ def test_slices_are_outermost_along_their_axis(dcn):
 @pytest.mark.parametrize("dcn", [(4, 1), (1, 4), (1, 1), (-1, 8)])
 def test_a_split_over_slices_that_are_not_there_is_refused(dcn):
     with pytest.raises(ValueError, match="number of slices, here 2"):
-        sharding.device_grid([2, 4, 1, 1], *dcn, devices_of(2, 4))
+        sharding.device_grid([2, 4, 1, 1], dcn[0], dcn[1], devices_of(2, 4))
 
 
 def test_without_slices_processes_are_the_granules():
