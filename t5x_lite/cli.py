@@ -241,12 +241,18 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, KeyError, OSError, FloatingPointError) as e:
-        innermost = traceback.extract_tb(e.__traceback__)[-1].filename
-        ours = pathlib.Path(innermost).parent.is_relative_to(
-            pathlib.Path(__file__).parent
-        )
-        if not (ours or isinstance(e, OSError)):
+    except Exception as e:
+        if not is_users(e):
             raise
         print(f"error: {message_of(e)}", file=sys.stderr)
         sys.exit(2)
+
+
+def is_users(e: BaseException) -> bool:
+    """Is it an error of the user's input? See `run`."""
+    if isinstance(e, OSError):
+        return True
+    if not isinstance(e, (ValueError, KeyError, FloatingPointError)):
+        return False
+    innermost = pathlib.Path(traceback.extract_tb(e.__traceback__)[-1].filename)
+    return innermost.parent.is_relative_to(pathlib.Path(__file__).parent)

@@ -66,7 +66,8 @@ class StepLog:
         self.peak = chip.flops * setup.mesh.size if chip else None
         self.bar = tqdm.tqdm(
             total=cfg.steps, initial=first, unit="step", disable=not setup.lead,
-            mininterval=0.5, dynamic_ncols=True, smoothing=0.05,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0, dynamic_ncols=True,
+            smoothing=0.05,
         )  # fmt: skip
         self.restart_clock()
 

@@ -5,8 +5,9 @@
         --config.steps=10 --config.optim.learning_rate=0.003
 
 The workdir gets checkpoints/, metrics.jsonl, tensorboard/, config.json, summary.txt and
-loss.png. SIGTERM and Ctrl-C save and exit; after kill -9 the same command goes on from
-the last checkpoint with the very losses an uninterrupted run would have had.
+loss.png. SIGTERM and Ctrl-C save and exit with 143 and 130; after kill -9 the same
+command goes on from the last checkpoint with the very losses an uninterrupted run would
+have had.
 
 Several processes, one command for each, make one run: see launch/ and
 t5x_lite/distributed.py.
@@ -51,7 +52,12 @@ def main(argv: list[str] | None = None):
 
 
 def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
-    """Trains until `cfg.steps`; returns the last line of held-out metrics."""
+    """Trains until `cfg.steps`; returns the last line of held-out metrics.
+
+    Raises:
+      SystemExit: with 128 + its number after a signal has stopped the run and its
+        checkpoint is saved: what starts runs again takes 0 for the end.
+    """
     # ---- start-up -----------------------------------------------------------------
     timings = {"import": time.perf_counter() - _STARTED}
 
@@ -193,12 +199,12 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
         data.close()
         checkpoints.wait()
         log.bar.close()
-        if now < cfg.steps:
-            name = signal.Signals(stopped).name
-            say(f"{name}: saved step {now}; the same command goes on from there")
+        if now == cfg.steps:
+            finish(setup, train_state, workdir, last_eval, unigram)
             return last_eval
-        finish(setup, train_state, workdir, last_eval, unigram)
-        return last_eval
+        name = signal.Signals(stopped).name
+        say(f"{name}: saved step {now}; the same command goes on from there")
+    sys.exit(128 + stopped)
 
 
 def write_files(setup: run.Setup, workdir: pathlib.Path):

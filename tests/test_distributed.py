@@ -229,7 +229,7 @@ def test_a_tensor_axis_may_span_processes(alone, shared, tmp_path):
     group = Group(
         2, lambda rank: [f"--workdir={tmp_path}"], 2, instead={0: again, 1: again}
     )
-    assert group.ended() == [0, 0], group.outputs
+    assert group.ended() == [128 + signal.SIGTERM] * 2, group.outputs
     found = json.loads(group.outputs[0].splitlines()[-1])
     assert "heldout_loss" not in group.outputs[1] and found["step"] == 10
     expected = alone["heldout", 10]
@@ -278,7 +278,8 @@ def test_the_local_script_passes_signals_on_and_tells_of_deaths(shared, tmp_path
     process = started(3)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "SIGTERM: saved step" in out, out
+    assert process.returncode == 128 + signal.SIGTERM, out
+    assert "SIGTERM: saved step" in out
     saved = steps(tmp_path)[-1]
     assert f"saved step {saved};" in out
     process = started(saved + 3)

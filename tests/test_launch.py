@@ -241,7 +241,7 @@ def cluster():
 
 @pytest.mark.slurm
 @pytest.mark.timeout(1500)
-def test_a_killed_job_is_queued_again_and_changes_nothing(cluster, tmp_path):
+def test_a_stopped_job_is_queued_again_and_changes_nothing(cluster, tmp_path):
     source = ROOT / "data" / "heldout.jsonl"
     flags = [
         "--config=configs/gpt2.py:smoke",
@@ -250,8 +250,8 @@ def test_a_killed_job_is_queued_again_and_changes_nothing(cluster, tmp_path):
         f"--config.data.cache_dir={tmp_path}/stores",
         f"--config.compile_cache={tmp_path}/compiled",
         "--config.model.dropout=0.1",
-        "--config.steps=80",
-        "--config.eval_every=80",
+        "--config.steps=120",
+        "--config.eval_every=120",
         "--config.checkpoint.every=10",
     ]
 
@@ -275,11 +275,18 @@ def test_a_killed_job_is_queued_again_and_changes_nothing(cluster, tmp_path):
     facts = end_of(*cluster.submit(whole, *flags))
     assert facts["Restarts"] == "0"
     job, output = cluster.submit(killed, *flags)
-    while not reached(killed, 30):
-        assert cluster.facts(job)["JobState"] not in ENDED, output.read_text()
-        time.sleep(0.02)
+
+    def wait_for(step: int):
+        while not reached(killed, step):
+            assert cluster.facts(job)["JobState"] not in ENDED, output.read_text()
+            time.sleep(0.02)
+
+    wait_for(30)
     [pid] = re.findall(r"rank 1 .* pid (\d+)", output.read_text())
     os.kill(int(pid), signal.SIGKILL)
+    wait_for(60)
+    cluster.run("scancel", "--signal=TERM", job)  # as SLURM does before the time is up
     facts = end_of(job, output)
-    assert facts["Restarts"] == "1" and "resuming after step" in facts["text"]
+    assert facts["Restarts"] == "2" and facts["text"].count("resuming after step") == 2
+    assert "SIGTERM: saved step" in facts["text"]
     assert sequence(killed) == sequence(whole)

@@ -173,7 +173,8 @@ def test_sigterm_saves_and_exits_cleanly(uninterrupted, shared, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "SIGTERM: saved step" in out, out
+    assert process.returncode == 128 + signal.SIGTERM, out
+    assert "SIGTERM: saved step" in out
     saved = steps(tmp_path)[-1]
     assert f"saved step {saved}" in out and sequence(tmp_path)[-1]["step"] == saved
     assert "resuming after step" in run(tmp_path, shared, *LONG)
