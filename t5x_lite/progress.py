@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterable, Iterator
 
 import jax
-import numpy as np
 import tqdm
 
-from t5x_lite import config, evaluate, hardware, metrics, optim, run
+from t5x_lite import config, evaluate, hardware, metrics, run
 
 # What depends on the clock or the machine; two runs agree in everything else.
 CLOCKED = (
@@ -53,7 +52,6 @@ class StepLog:
     ):
         self.cfg, self.setup, self.writer = cfg, setup, writer
         self.first, self.workdir, self.timings = first, workdir, timings
-        self.rate = optim.schedule(cfg)
         self.pending = collections.deque()
         self.began = time.time() - sum(timings.values())
         self.run_began = min(self.began, _first_start(workdir) or self.began)
@@ -152,7 +150,7 @@ class StepLog:
                 accuracy=float(sums.correct) / weight,
                 **others,
                 grad_norm=norm,
-                learning_rate=float(np.asarray(self.rate(now - 1))),
+                learning_rate=float(host["learning_rate"]),
                 epoch=self.setup.epoch(now - 1),
                 fingerprint=f"{int(host['fingerprint']):08x}",
                 **self._clocked(),
