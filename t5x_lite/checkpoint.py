@@ -128,6 +128,8 @@ class Checkpoints:
     def _write_errors(self):
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # a process is lost, not the files
+            raise
         except _ERRORS as e:
             have = sorted(
                 int(p.name) for p in self.directory.glob("*") if p.name.isdigit()
@@ -312,9 +314,10 @@ def read_run(workdir, step: int = -1):
     finally:
         reader.close()
     cfg = config_lib.freeze(meta["config"] | {"platform": ""})
-    # A kernel of the training machine; the reference reads any length anywhere.
+    # Of the training machine: a kernel, and where the optimizer's state lies.
     reference = dataclasses.replace(cfg.model, attention="einsum", unpadded=False)
-    return dataclasses.replace(cfg, model=reference), chosen, meta
+    still = dataclasses.replace(cfg.optim, offload=False)
+    return dataclasses.replace(cfg, model=reference, optim=still), chosen, meta
 
 
 def load_params(workdir, step: int, abstract_params: dict) -> dict:

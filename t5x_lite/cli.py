@@ -245,7 +245,18 @@ def run(main):
         if not is_users(e):
             raise
         print(f"error: {message_of(e)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code(e))
+
+
+class TryAgain(ValueError):
+    """What the same command need not meet the next time: a process that is late."""
+
+
+def exit_code(e: BaseException) -> int:
+    """2 for an error of the user, 75 (sysexits' EX_TEMPFAIL) for `TryAgain`, else 1."""
+    if isinstance(e, TryAgain):
+        return 75
+    return 2 if is_users(e) else 1
 
 
 def is_users(e: BaseException) -> bool:

@@ -181,7 +181,9 @@ class Network:
         if len(islands) > 1:
             # Each island must take in what it does not hold, over all its members.
             inside = int(count.min())
-            busy["network"] = share * (1 - inside / n) / inside / chip.dcn_bandwidth
+            # What one has gathered the others need not fetch; not so of all-to-all.
+            helpers = 1 if "all-to-all" in c.kind else inside
+            busy["network"] = share * (1 - inside / n) / helpers / chip.dcn_bandwidth
             group = group[self.island[group] == islands[0]]
         if len(group) == 1:
             return busy
@@ -206,9 +208,14 @@ class Network:
                 continue
             stride = int(np.min(np.diff(places)))
             around = len(places) * stride == self.extent[d]
-            wraps = chip.torus and self.extent[d] % chip.torus == 0 and around
+            wraps = chip.torus and self._wrapped(d) and around
             rates[name] = (2 if wraps else 1) * chip.ici_bandwidth / chip.links / stride
         return rates or {"core": 2 * chip.ici_bandwidth}
+
+    def _wrapped(self, d: int) -> bool:
+        """Three dimensions wrap around from a cube of 4x4x4 on, two at a full pod's."""
+        asked = self.extent if len(self.extent) == 3 else self.extent[d : d + 1]
+        return bool(np.all(asked % self.chip.torus == 0))
 
     def _permutation(self, c: Collective) -> dict[str, float]:
         chip = self.chip

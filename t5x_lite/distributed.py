@@ -311,7 +311,7 @@ def _exit_code(e: BaseException) -> int:
         return e.code if isinstance(e.code, int) else 1
     if isinstance(e, KeyboardInterrupt):
         return 130
-    return 2 if cli.is_users(e) else 1
+    return cli.exit_code(e)
 
 
 class Agreement:

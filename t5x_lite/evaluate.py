@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None):
         peers.check_same({"checkpoint": at})
         peers.show()
         # Alone one device is enough; several processes share the run's own layout.
-        sizes = {} if peers.count > 1 else dict(fsdp=1, tensor=1, sequence=1)
-        mesh = dataclasses.replace(cfg.sharding, data=-1, dcn_data=-1, **sizes)
+        alone = dict(fsdp=1, tensor=1, sequence=1, dcn_data=-1, dcn_fsdp=1)
+        sizes = {} if peers.count > 1 else alone
+        mesh = dataclasses.replace(cfg.sharding, data=-1, **sizes)
         cfg = dataclasses.replace(cfg, sharding=mesh)
         if flags.data:
             data = dataclasses.replace(cfg.data, heldout=flags.data)
@@ -129,7 +130,8 @@ def on_lead(setup: run.Setup, params: dict) -> Iterator[dict | None]:
     device = jax.local_devices()[0]
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     room = (device.memory_stats() or {}).get("bytes_limit", math.inf)
-    if 2 * size > room:  # the same answer everywhere: the devices are alike
+    # Beside an optimizer with two moments; the same answer on every process.
+    if 4 * size > room:
         setup.say(f"no samples: {size / 2**30:.1f} GiB of parameters on one device")
         yield None
         return
@@ -140,7 +142,7 @@ def on_lead(setup: run.Setup, params: dict) -> Iterator[dict | None]:
     if not setup.lead:
         yield None
         return
-    sizes = {axis: 1 for axis in setup.mesh.shape}
+    sizes = {axis: 1 for axis in setup.mesh.shape} | dict(dcn_data=-1, dcn_fsdp=1)
     one = dataclasses.replace(setup.cfg.sharding, **sizes)
     with sharding.use(sharding.make_mesh(one, [device]), one.rules):
         yield jax.device_put(whole, device)

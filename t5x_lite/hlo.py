@@ -251,7 +251,7 @@ def _convolution(computation: Computation, i: Instruction) -> float:
 # What moves no data: names, views, control, and the ends of asynchronous operations.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id "
-    "replica-id opt-barrier domain while conditional call".split()
+    "replica-id opt-barrier domain while conditional call async-start".split()
 )
 # TPU's marks in a program; other custom calls are kernels.
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollective", "AssumeGather")

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -105,9 +106,13 @@ class StepLog:
         line = {"began": self.began, "first_step": self.first + 1}
         seconds = {k.replace(" ", "_"): v for k, v in self.timings.items()}
         line |= {"startup_seconds": seconds, "processes": jax.process_count()}
-        line["devices"] = [d.device_kind for d in self.setup.mesh.devices.flat]
-        with (self.workdir / "sessions.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line["devices"] = self.setup.mesh.size
+        line["device_kind"] = self.setup.mesh.devices.flat[0].device_kind
+        path = self.workdir / "sessions.jsonl"
+        lines = [*metrics.read(path), line]  # without one that was torn
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(each) + "\n" for each in lines))
+        os.replace(temporary, path)
 
     def add(self, now: int, step_metrics: dict):
         self.pending.append((now, step_metrics))

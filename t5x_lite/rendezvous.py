@@ -13,6 +13,8 @@ import socket
 import time
 from typing import Any, NamedTuple
 
+from t5x_lite import cli
+
 MOST_BYTES = 1_000_000  # of a message
 FIELDS = ("rank", "host", "pid", "count", "same")
 SHOWN = 8  # ranks or differences in an error
@@ -102,8 +104,8 @@ def meet(
       timeout: seconds.
 
     Raises:
-      ValueError: in all processes that are here, naming who is missing, came twice,
-        counts otherwise or differs.
+      cli.TryAgain: in all processes that are here, naming who is missing.
+      ValueError: in all of them, naming who came twice, counts otherwise or differs.
     """
     mine = introduction(rank) | {"count": count, "same": same}
     deadline = time.monotonic() + timeout
@@ -112,7 +114,8 @@ def meet(
     else:
         answer = _receive(address, count, mine, deadline, timeout)
     if "error" in answer:
-        raise ValueError(answer["error"])
+        kind = cli.TryAgain if answer.get("late") else ValueError
+        raise kind(answer["error"])
     return answer["roster"]
 
 
@@ -155,7 +158,7 @@ def _receive(address: str, count: int, mine, deadline: float, timeout: float) ->
             if not missing:
                 break
             if time.monotonic() > deadline:
-                answer = {"error": _absent(missing, here, count, timeout)}
+                answer = {"error": _absent(missing, here, count, timeout), "late": True}
                 break
             if time.monotonic() > patience:
                 patience = deadline
@@ -240,7 +243,7 @@ def _introduce(address: str, rank: int, mine, deadline: float, timeout: float) -
         except (OSError, ValueError) as e:
             last = e
             time.sleep(0.2)
-    raise ValueError(
+    raise cli.TryAgain(
         f"rank 0 did not answer rank {rank} ({socket.gethostname()}, pid "
         f"{os.getpid()}) at {address} within {timeout:g} s ({last}). Look at the "
         "output of rank 0; check the address and that its port can be reached."
@@ -263,7 +266,7 @@ def _listen(address: str) -> socket.socket:
             )
         return socket.create_server(where, backlog=1024)
     except (OSError, ValueError) as e:
-        raise ValueError(
+        raise cli.TryAgain(
             f"rank 0 cannot listen at {asked or address} ({e}). Free the port, or give "
             "another one in JAX_COORDINATOR_ADDRESS (JAX_COORDINATOR_PORT under SLURM "
             "and Open MPI)."

@@ -68,6 +68,7 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
         contextlib.ExitStack() as stack,
         StopSignal() as stop,
         distributed.join(same, cfg.peers_timeout) as peers,
+        contextlib.ExitStack() as together,
     ):
         if peers.lead:
             stack.enter_context(only_process(workdir))
@@ -86,6 +87,10 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
         stack.enter_context(sharding.use(setup.mesh, cfg.sharding.rules))
         checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
         stack.callback(checkpoints.close)
+        # All see a loss that is not finite; the last save ends before they stop for it.
+        together.push(
+            lambda kind, *_: kind is FloatingPointError and checkpoints.wait()
+        )
 
         with timed(timings, "init or restore"):
             asked = cfg.checkpoint.restore_step
@@ -98,7 +103,8 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
                 train_state = checkpoints.restore(restored, setup.abstract_state)
             jax.block_until_ready(train_state)
         first = restored or 0
-        unigram = setup.unigram_loss()
+        with timed(timings, "baseline"):
+            unigram = setup.unigram_loss()
         if first >= cfg.steps:
             rows = metrics.read(workdir / "metrics.jsonl")
             last = next((m for m in rows[::-1] if checkpoint.METRIC in m), {})
@@ -149,7 +155,8 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             # A signal had stopped the run right before this evaluation.
             if not first or first % cfg.eval_every:
                 return False
-            return checkpoint.METRIC not in metrics.read(writer.path)[-1]
+            rows = metrics.read(writer.path)
+            return not any(r["step"] == first and checkpoint.METRIC in r for r in rows)
 
         last_eval, now, stopped = {}, first, 0
         if peers.from_lead("evaluation", evaluation_is_due):
