@@ -214,7 +214,8 @@ class Network:
 
     def _wrapped(self, d: int) -> bool:
         """Three dimensions wrap around from a cube of 4x4x4 on, two at a full pod's."""
-        asked = self.extent if len(self.extent) == 3 else self.extent[d : d + 1]
+        cube = self.chip.links == 6
+        asked = self.extent if cube else self.extent[d : d + 1]
         return bool(np.all(asked % self.chip.torus == 0))
 
     def _permutation(self, c: Collective) -> dict[str, float]:
