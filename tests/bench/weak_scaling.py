@@ -99,6 +99,7 @@ def figure(rows: list[dict], path: pathlib.Path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     titles = ("memory per chip, GiB", "sent per chip and step, GiB", "step, seconds")
@@ -121,9 +122,13 @@ def figure(rows: list[dict], path: pathlib.Path):
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="chips", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
+        axis.set_xticks(SIZES, [f"{n:,}" for n in SIZES])
+        axis.xaxis.set_minor_locator(NullLocator())
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(StrMethodFormatter("{x:g}"))
     axes[0].legend(fontsize=8)
     axes[2].text(
-        *(0.02, 0.02, "line: all overlapped; dots: network not hidden"),
+        *(0.02, 0.4, "line: all overlapped; dots: network not hidden"),
         transform=axes[2].transAxes,
         fontsize=7,
     )
