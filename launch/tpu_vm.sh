@@ -9,8 +9,8 @@
 #
 #   gcloud compute tpus tpu-vm create "$TPU" --zone="$ZONE" \
 #     --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite
-#   git archive --prefix=t5x_lite/ --output=/tmp/t5x_lite.tar HEAD
-#   gcloud compute tpus tpu-vm scp /tmp/t5x_lite.tar "$TPU": --zone="$ZONE" --worker=all
+#   git archive --prefix=t5x_lite/ --output=t5x_lite.tar HEAD
+#   gcloud compute tpus tpu-vm scp t5x_lite.tar "$TPU": --zone="$ZONE" --worker=all
 #   gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command='
 #     tar -xf t5x_lite.tar && cd t5x_lite && pip install uv &&
 #     ~/.local/bin/uv venv --seed --python=3.11 .venv &&

@@ -97,7 +97,9 @@ def _groups(i: hlo.Instruction, devices: int) -> np.ndarray:
     if text.startswith("mesh"):
         return _mesh_groups(text, devices)
     if text.startswith("["):
-        return _iota(text).reshape(_ints(_IOTA.match(text)[1]))  # type: ignore[index]
+        found = _IOTA.match(text)
+        assert found, text
+        return _iota(text).reshape(_ints(found[1]))
     groups = _PAIR.findall(text[: text.find("}}") + 2]) if "{{" == text[:2] else []
     if not groups:
         return np.arange(devices)[None]

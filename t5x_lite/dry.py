@@ -14,6 +14,7 @@ from t5x_lite import config as config_lib
 from t5x_lite import model as model_lib
 from t5x_lite import optim, run, sharding, state, step, vocab
 from t5x_lite.data import pipeline
+from t5x_lite.kernels import attention
 
 STAND_IN_VOCAB = 32_100  # T5's: 32,000 pieces and 100 sentinels
 
@@ -69,17 +70,14 @@ class Step(NamedTuple):
         mesh = sharding.make_mesh(cfg.sharding, devices)
         rules = cfg.sharding.rules
         words, notes = vocabulary(cfg)
-        ways = math.prod(mesh.shape.get(a, 1) for a in rules.get("vocab", ()))
+        ways = sharding.ways("vocab", rules, mesh.shape)
         cfg = run.resolve_vocab_size(cfg, words, ways)
         cfg = run.resolve_entities(cfg, words)
         cfg = dataclasses.replace(
             cfg, sharding=dataclasses.replace(cfg.sharding, **mesh.shape)
         )
-        if cfg.model.attention == "rows" and mesh.size > 1:
-            raise ValueError(
-                "config.model.attention='rows' runs on one device, here are "
-                f"{mesh.size}. Use 'einsum'."
-            )
+        if cfg.model.attention != "cudnn":  # that one is tried out on a GPU
+            attention.check(cfg.model, mesh)
         net = model_lib.build(cfg.model)
         tx = optim.make(cfg, net)
         abstract = state.abstract(net, tx, mesh, rules, cfg.optim.offload)
@@ -159,7 +157,7 @@ def state_bytes(cfg: config_lib.Config, words: vocab.Vocab):
     """
     rules, s = cfg.sharding.rules, cfg.sharding
     sizes = {axis: getattr(s, axis) for axis in sharding.AXES}
-    ways = math.prod(sizes.get(a, 1) for a in rules.get("vocab", ()))
+    ways = sharding.ways("vocab", rules, sizes)
     cfg = run.resolve_vocab_size(cfg, words, ways)
     net = model_lib.build(cfg.model)
     mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))

@@ -47,7 +47,7 @@ class Setup:
         words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
         mesh = sharding.make_mesh(cfg.sharding, devices)
         rules = cfg.sharding.rules
-        ways = math.prod(mesh.shape.get(a, 1) for a in rules.get("vocab", ()))
+        ways = sharding.ways("vocab", rules, mesh.shape)
         cfg = resolve_entities(resolve_vocab_size(cfg, words, ways), words)
         sizes = dataclasses.replace(cfg.sharding, **mesh.shape)
         cfg = dataclasses.replace(cfg, sharding=sizes)

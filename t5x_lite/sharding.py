@@ -87,6 +87,11 @@ def device_grid(sizes, dcn_data: int, dcn_fsdp: int, devices) -> np.ndarray:
     )
 
 
+def ways(axis: str, rules: Mapping, sizes: Mapping) -> int:
+    """Into how many parts a logical axis is split on a mesh of these sizes."""
+    return math.prod(sizes.get(mesh_axis, 1) for mesh_axis in rules.get(axis, ()))
+
+
 def spec(
     name: str, axes, shape, rules: Mapping, mesh: Mesh, uneven: tuple[str, ...] = ()
 ) -> PartitionSpec:
