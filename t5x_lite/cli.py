@@ -10,6 +10,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import gc
 import importlib.util
 import os
 import pathlib
@@ -232,6 +233,8 @@ def run(main):
     Only what our own code raised, and errors of files, count as the user's; anything
     else is a defect and keeps its traceback.
     """
+    # What is imported by now stays; collections need not go through it each time.
+    gc.freeze()
     try:
         sys.exit(main() or 0)
     except BrokenPipeError:

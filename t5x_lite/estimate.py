@@ -146,9 +146,8 @@ class Job:
         self._folder = tempfile.TemporaryDirectory(prefix="t5x_lite_plan_")
         folder = pathlib.Path(self._folder.name)
         request, self._result = folder / "request.json", folder / "result.json"
-        request.write_text(
-            json.dumps(dict(config=config_lib.to_json(cfg), topology=str(topology)))
-        )
+        asked = dict(config=config_lib.to_json(cfg), topology=str(topology))
+        request.write_text(json.dumps(asked | dict(parent=os.getpid())))
         self._log = (folder / "log").open("w+")
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         self._process = subprocess.Popen(
@@ -202,9 +201,9 @@ def _end_with(parent: int):
 def main(argv: list[str] | None = None):
     from t5x_lite import cli
 
-    _end_with(os.getppid())
     request, result = sys.argv[1:] if argv is None else argv
     asked = json.loads(pathlib.Path(request).read_text())
+    _end_with(asked["parent"])
     topology = Topology.parse(asked["topology"])
     try:
         found = estimate(config_lib.freeze(asked["config"]), topology)

@@ -19,6 +19,9 @@ BYTES = dict(
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{[\d,]*(?::([^}]*))?\})?")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_VIEWS = frozenset(
+    "bitcast copy copy-start copy-done convert reshape transpose".split()
+)
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLS = re.compile(
@@ -75,7 +78,7 @@ class Computation(dict[str, Instruction]):
 
     def source(self, i: Instruction) -> Instruction:
         """What an instruction is but a view of."""
-        while i.opcode in ("bitcast", "copy", "convert", "reshape", "transpose"):
+        while i.opcode in _VIEWS:
             i = self[i.operands[0]]
         return i
 
@@ -110,7 +113,7 @@ class Module:
         return [self.computations[n] for n in names]
 
     def trips(self, computation: Computation, loop: Instruction) -> int:
-        """How often a loop runs: what XLA states, else from `i < n` of its condition.
+        """How often a loop runs: what XLA states, else from `i < n` and `i + step`.
 
         Raises:
           ValueError: neither says.
@@ -124,7 +127,10 @@ class Module:
         sides = [condition[o] for o in condition.root.operands if o in condition]
         limits = [int(s.argument) for s in sides if s.opcode == "constant"]
         indices = [s for s in sides if s.opcode == "get-tuple-element"]
-        if test.attribute("direction") != "LT" or len(limits) != 1 or not indices:
+        step = 0
+        if test.attribute("direction") == "LT" and len(limits) == len(indices) == 1:
+            step = self._step(self.called(loop)[0], indices[0].numbers("index")[0])
+        if step < 1:
             raise ValueError(
                 f"the loop {loop.name!r} does not say how often it runs: "
                 f"{condition.root.rest[:80]!r}."
@@ -133,7 +139,27 @@ class Module:
         first = computation.source(
             computation[carried.operands[indices[0].numbers("index")[0]]]
         )
-        return limits[0] - (int(first.argument) if first.opcode == "constant" else 0)
+        start = int(first.argument) if first.opcode == "constant" else 0
+        return max(0, -(-(limits[0] - start) // step))
+
+    def _step(self, body: Computation, index: int) -> int:
+        """What a loop adds to one of the numbers it carries; 0 = not known.
+
+        Mostly 1; products that the TPU compiler windows both ways take two at a time.
+        """
+        i, given = body.source(body[body.root.operands[index]]), []
+        if i.opcode == "fusion":
+            given = [body.source(body[o]) for o in i.operands]
+            body = self.called(i)[0]
+            i = body.source(body.root)
+        operands = [body.source(body[o]) for o in i.operands]
+        if given:
+            operands = [
+                given[int(o.argument)] if o.opcode == "parameter" else o
+                for o in operands
+            ]
+        added = [int(o.argument) for o in operands if o.opcode == "constant"]
+        return added[0] if i.opcode == "add" and len(added) == 1 else 0
 
     def executed(
         self, name: str = "", times: int = 1

@@ -195,12 +195,14 @@ def per_matrix(tx: optax.GradientTransformation, model: nnx.Module):
     matrix of one layer. Scanned and unrolled layers so train alike.
     """
     views = {name: view(p) for name, p in parameters.declared(model).items()}
+    # With jit the parameters of one shape share what is traced and lowered.
+    init_of = {False: jax.jit(tx.init), True: jax.jit(jax.vmap(tx.init))}
+    update_of = {False: jax.jit(tx.update), True: jax.jit(jax.vmap(tx.update))}
 
     def init(params):
         def one(path, p: Any):
             v = views[name_of(path)]
-            p = p.reshape(v.shape)
-            return jax.vmap(tx.init)(p) if v.stacked else tx.init(p)
+            return init_of[v.stacked](p.reshape(v.shape))
 
         return jax.tree.map_with_path(one, params)
 
@@ -211,8 +213,7 @@ def per_matrix(tx: optax.GradientTransformation, model: nnx.Module):
         outs, news = [], []
         for (path, u), s, p in zip(flat, states, leaves, strict=True):
             v = views[name_of(path)]
-            run = jax.vmap(tx.update) if v.stacked else tx.update
-            out: Any
+            run = update_of[v.stacked]
             out, new = run(u.reshape(v.shape), s, p.reshape(v.shape))
             outs.append(out.reshape(u.shape))
             news.append(new)

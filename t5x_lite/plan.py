@@ -13,14 +13,21 @@ v6e:XxY; several slices: v5e:16x16*2; a100-40, a100, h100, h200, b200:HOSTSxGPUS
 (virtual devices, no times). The compilers: `pip install 'jax[tpu]'` and `pip install
 'jax[cuda12-local]'` (the extras plan-tpu and plan-gpu); CUDA itself is not needed.
 
+`--search` compiles the most promising meshes, microbatches and remats (`--limit` of
+them) and ranks those that fit. `--compare A.py B.py` takes the place of `--config`;
+overrides go to both.
+
 Times are rooflines from the vendor's figures: no step can be faster than the slowest of
 matrix products, memory traffic and network. Latency, and what the kernels and the
 schedule lose, is left out, so a real step takes longer. Memory is the compiler's own
-figure. Where data.vocab names no file, ids of config.model.vocab_size (0: 32,100, as
-T5's) stand in.
+figure. FLOPs of the model, and so MFU, are counted as `mfu` in metrics.jsonl: matrix
+products forward and backward, causal attention in full, without what remat repeats.
+Where data.vocab names no file, ids of config.model.vocab_size (0: 32,100, as T5's)
+stand in.
 """
 
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -35,34 +42,56 @@ def main(argv: list[str] | None = None):
         topology="machine, such as v5e:16x16, v5p:4x4x8*2, h100:32x8",
         json=("", "also write all figures to this file"),
         limit=("12", "--search: how many candidates are compiled"),
-        jobs=("1", "--search: compilers that run at once"),
+        jobs=("1", "--search, --compare: compilers that run at once"),
     )
-    searches = "--search" in argv
-    compared = _take_compared(argv)
-    argv = [a for a in argv if a != "--search"]
-    if compared:
-        argv = [f"--config={compared[0]}", *argv]
-    raw, flags = cli.parse_config(__doc__, argv, **others)
+    searches, compared = _take_search(argv), _take_compared(argv)
+    if searches and compared:
+        raise ValueError("--search takes one --config, --compare two. Drop one flag.")
+    each = [[f"--config={name}", *argv] for name in compared] or [argv]
+    parsed = [cli.parse_config(__doc__, one, **others) for one in each]
+    flags = parsed[0][1]
+    limit, jobs = _count("limit", flags.limit), _count("jobs", flags.jobs)
+    out = _new_file(flags.json)
     topology = Topology.parse(flags.topology)
     topology.check_installed()
-    cfg = config.freeze(raw)
+    cfgs = {flags.config: config.freeze(raw) for raw, flags in parsed}
     if searches:
-        found: Any = plan_search.search(
-            cfg, topology, int(flags.limit), int(flags.jobs)
-        )
+        found: Any = plan_search.search(cfgs[flags.config], topology, limit, jobs)
         print(plan_tables.ranking(found))
     elif compared:
-        overrides = [a for a in argv if a.lstrip("-").startswith("config.")]
-        second = cli.load_config(compared[1])
-        cli.apply_overrides(second, overrides)
-        cfgs = {compared[0]: cfg, compared[1]: config.freeze(second)}
-        found = plan_search.run_all(cfgs, topology, int(flags.jobs))
+        found = plan_search.run_all(cfgs, topology, jobs)
         print(plan_tables.side_by_side(found))
     else:
-        found = plan_search.run_all({"plan": cfg}, topology)["plan"]
+        found = plan_search.run_all(cfgs, topology)[flags.config]
         print(plan_tables.table(found))
-    if flags.json:
-        pathlib.Path(flags.json).write_text(json.dumps(found, indent=2) + "\n")
+    if out:
+        temporary = out.with_name(out.name + ".tmp")
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        os.replace(temporary, out)
+
+
+def _count(flag: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--{flag}={text!r} must be a whole number of at least 1.")
+    return int(text)
+
+
+def _new_file(name: str) -> pathlib.Path | None:
+    path = pathlib.Path(name)
+    if not path.parent.is_dir() or (name and path.is_dir()):
+        raise ValueError(
+            f"--json={name!r} is no file that can be written: "
+            f"{'it is a folder' if path.is_dir() else 'its folder is not there'}."
+        )
+    return path if name else None
+
+
+def _take_search(argv: list[str]) -> bool:
+    """Removes `--search` from the arguments; was it there?"""
+    if "--search" not in argv:
+        return False
+    argv[:] = [a for a in argv if a != "--search"]
+    return True
 
 
 def _take_compared(argv: list[str]) -> list[str]:
@@ -73,7 +102,12 @@ def _take_compared(argv: list[str]) -> list[str]:
     names = argv[at + 1 : at + 3]
     if len(names) != 2 or any(n.startswith("-") for n in names):
         raise ValueError("--compare needs two config files: --compare A.py B.py.")
-    if any(a.startswith("--config=") for a in argv):
+    if names[0] == names[1]:
+        raise ValueError(
+            f"--compare {names[0]} {names[1]}: both are one. Name two files, or plan "
+            f"one with --config={names[0]}."
+        )
+    if any(a.partition("=")[0] == "--config" for a in argv):
         raise ValueError("--compare A.py B.py takes the place of --config. Drop one.")
     del argv[at : at + 3]
     return names

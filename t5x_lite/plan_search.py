@@ -15,6 +15,12 @@ from t5x_lite.estimate import Job
 from t5x_lite.hardware import CHIPS, Chip
 from t5x_lite.model_config import REMAT
 
+SEARCHED = (
+    *("sharding.data", "sharding.fsdp", "sharding.tensor"),
+    *("optim.microbatches", "model.remat"),
+)
+SET = ("sharding.sequence", "sharding.dcn_data", "sharding.dcn_fsdp")
+
 
 def run_all(
     cfgs: dict[Any, config_lib.Config],
@@ -71,6 +77,9 @@ def search(
 
     What cannot fit by its state alone, or does not divide, is left out beforehand; the
     rest is tried in the order of a rough guess of their time.
+
+    Returns:
+      What `estimate` found, and `flags`: what to add to the command line to get it.
     """
     guessed = sorted(candidates(cfg, topology), key=lambda c: c[0])
     if not guessed:
@@ -81,6 +90,8 @@ def search(
         )
     chosen = {i: c for i, (_, c) in enumerate(guessed[:limit])}
     found = run_all(chosen, topology, jobs, strict=False)
+    for i, one in found.items():
+        one["flags"] = flags(cfg, chosen[i])
 
     def key(f: dict):
         r = f.get("roofline", {})
@@ -88,6 +99,17 @@ def search(
         return (not fits, r.get("step", 0.0), r.get("step_without_overlap", 0.0))
 
     return sorted(found.values(), key=key)
+
+
+def flags(cfg: config_lib.Config, one: config_lib.Config) -> list[str]:
+    """What turns `cfg` into its candidate `one` on a command line."""
+    found = []
+    for key in (*SEARCHED, *SET):
+        section, name = key.split(".")
+        before, after = (getattr(getattr(c, section), name) for c in (cfg, one))
+        if key in SEARCHED or before != after:
+            found.append(f"--config.{key}={after}")
+    return found
 
 
 def devices(topology: Topology) -> int:

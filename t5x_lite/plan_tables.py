@@ -36,7 +36,10 @@ def rows(found: Found) -> list[tuple[str, str]]:
     if m.get("host"):
         listed.append(("  in the host's memory", gib(m["host"])))
     listed += [
-        ("model FLOPs per step", f"{found['model_flops']:.4g}"),
+        (
+            "model FLOPs per step",
+            f"{found['model_flops']:.4g}  (matrix products, causal attention in full)",
+        ),
         ("compiled FLOPs per device", number(found.get("flops"))),
     ]
     if "flops" in found:
@@ -122,14 +125,8 @@ def ranking(founds: list[Found]) -> str:
                 f"{r['mfu_ceiling']:>9.1%}  {r['bound']}"
             )
         lines.append(line)
-    fitting = [f for f in founds if f["memory"].get("fits", True)]
-    if fitting:
-        mesh = fitting[0]["mesh"]
-        sizes = " ".join(f"--config.sharding.{k}={n}" for k, n in mesh.items())
-        lines.append(
-            f"best: {sizes} --config.optim.microbatches={fitting[0]['microbatches']} "
-            f"--config.model.remat={fitting[0]['remat']}"
-        )
+    if founds[0]["memory"].get("fits", True):
+        lines.append("best: " + " ".join(founds[0]["flags"]))
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -28,7 +29,7 @@ def abstract(model, tx, mesh: Mesh, rules: Mapping, offload: bool = False) -> di
     """
     if offload:
         check_offload(mesh)
-    shapes = jax.eval_shape(lambda key: init(model, tx, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init(model, tx, jax.random.key(0)))
     params = parameters.declared(model)
 
     def place(path, leaf):
@@ -77,10 +78,13 @@ def shardings(abstract_state):
 
 def create(model, tx, abstract_state, seed: int) -> dict:
     """Draws the state straight into its shards."""
+    # The key is made inside, with the 32 bits that jax takes of a seed: each operation
+    # outside is a program of its own to compile.
     draw = jax.jit(
-        lambda key: init(model, tx, key), out_shardings=shardings(abstract_state)
+        lambda bits: init(model, tx, jax.random.key(bits)),
+        out_shardings=shardings(abstract_state),
     )
-    return draw(jax.random.key(seed))
+    return draw(np.uint32(seed % 2**32))
 
 
 def size_bytes(abstract_state) -> int:

@@ -25,6 +25,7 @@ import pathlib  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+from concurrent import futures  # noqa: E402
 
 import jax  # noqa: E402
 
@@ -92,6 +93,9 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             lambda kind, *_: kind is FloatingPointError and checkpoints.wait()
         )
 
+        # On NumPy alone, while XLA works.
+        background = stack.enter_context(futures.ThreadPoolExecutor(1))
+        baseline = background.submit(setup.unigram_loss)
         with timed(timings, "init or restore"):
             asked = cfg.checkpoint.restore_step
             restored = peers.from_lead("restore", lambda: checkpoints.choose(asked))
@@ -103,8 +107,6 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
                 train_state = checkpoints.restore(restored, setup.abstract_state)
             jax.block_until_ready(train_state)
         first = restored or 0
-        with timed(timings, "baseline"):
-            unigram = setup.unigram_loss()
         if first >= cfg.steps:
             rows = metrics.read(workdir / "metrics.jsonl")
             last = next((m for m in rows[::-1] if checkpoint.METRIC in m), {})
@@ -112,7 +114,7 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
                 f"finished: step {first} of {cfg.steps} is done. For more: "
                 f"--config.steps=N above {first}, or another --workdir."
             )
-            finish(setup, train_state, workdir, last, unigram)
+            finish(setup, train_state, workdir, last, baseline.result())
             return last
         if restored is not None:
             say(f"resuming after step {restored} of {cfg.steps}")
@@ -132,6 +134,8 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             )
             train_step = train_step.lower(train_state, batch).compile()
             eval_step = jax.jit(step.make_eval_step(setup.model, cfg, setup.vocab.size))
+        with timed(timings, "baseline"):
+            unigram = baseline.result()
 
         # ---- loop -----------------------------------------------------------------
         writer = metrics.Writer(workdir, first, active=peers.lead)

@@ -259,6 +259,9 @@ def test_a_signal_to_one_stops_all_at_one_step(rank, alone, shared, tmp_path):
 def test_a_killed_process_ends_the_others(victim, shared, tmp_path):
     group = Group(2, lambda rank: flags(tmp_path, shared, *LONG, "--config.steps=3000"))
     wait_for(tmp_path, 5, *group.processes)
+    while not steps(tmp_path):  # saved behind the steps
+        assert group.processes[victim].poll() is None
+        time.sleep(0.02)
     group.processes[victim].kill()
     codes = group.ended()
     assert 0 not in codes and codes[victim] == -signal.SIGKILL, group.outputs

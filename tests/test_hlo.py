@@ -80,6 +80,16 @@ def test_loops_run_as_often_as_their_condition_says():
     assert hlo.flops(module) == 3 * 2 * 4 * 8 * 8
 
 
+@pytest.mark.parametrize("step, trips", [("1", 3), ("2", 2), ("3", 1)])
+def test_a_loop_may_take_several_at_a_time(step, trips):
+    """2, 2 + step … below 5, as the TPU compiler writes products windowed both ways."""
+    text = TEXT.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})")
+    assert hlo.flops(hlo.Module(text)) == trips * 2 * 4 * 8 * 8
+    unknown = TEXT.replace("add(%i.1, %one)", "multiply(%i.1, %one)")
+    with pytest.raises(ValueError, match="does not say how often"):
+        hlo.flops(hlo.Module(unknown))
+
+
 def test_tpu_spellings_of_collectives():
     """A fused reduce-scatter, and a gather split over several fusions."""
     found = {c.kind: c for c in collectives.find(hlo.Module(TEXT), 8)}
@@ -217,6 +227,20 @@ def test_gathers_in_a_scan_of_five(mesh):
     )
     assert rows(program, mesh) == {("all-gather", "fsdp"): (5, 5 * 64 * 64 * 4 * 3 / 4)}
     assert hlo.flops(parsed(program)) == 5 * 2 * 8 * 64 * 64
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_what_xla_states_of_a_loop_is_read_from_it(step):
+    def f(x):
+        def body(c):
+            return c[0] + step, c[1] @ c[1]
+
+        return jax.lax.while_loop(lambda c: c[0] < 12, body, (1, x))[1]
+
+    text = compiled(f, jax.ShapeDtypeStruct((8, 8), jnp.float32)).as_text()
+    assert text and "known_trip_count" in text
+    silent = text.replace("known_trip_count", "left_out")
+    assert hlo.flops(hlo.Module(silent)) == hlo.flops(hlo.Module(text))
 
 
 def test_a_permutation_and_an_exchange(mesh):

@@ -252,14 +252,16 @@ def iterate(
         for step in range(first_step, last_step):
             yield step, batches[step]
         return
+    # The first step need not wait for this import.
+    yield first_step, batches[first_step]
     import grain
 
     # One read thread: more only fight for the interpreter's lock.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
-    source = _Steps(batches, first_step, last_step)
+    source = _Steps(batches, first_step + 1, last_step)
     ahead = iter(grain.MapDataset.source(source).to_iter_dataset(options))
     try:
-        yield from enumerate(ahead, first_step)
+        yield from enumerate(ahead, first_step + 1)
     finally:
         ahead.close()
 

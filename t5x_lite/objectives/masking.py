@@ -218,11 +218,7 @@ def load_similar(path: str, vocab: Vocab) -> np.ndarray:
             f"similar={path!r} holds {what}; integers [{vocab.size}, k] are needed for "
             f"vocabulary {vocab.spec!r}. {hint}"
         )
-    held = table[table >= 0]
-    if (
-        held.size
-        and not units_lib.is_text(np.minimum(held, vocab.size - 1), vocab).all()
-    ):
+    if not np.isin(table[table >= 0], vocab.ordinary).all():
         raise ValueError(f"similar={path!r} holds ids that are no text. {hint}")
     # Rows shorter than k repeat their entries, so that any column serves.
     counts_V1 = np.maximum((table >= 0).sum(axis=1, keepdims=True), 1)

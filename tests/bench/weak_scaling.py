@@ -3,24 +3,30 @@
     python -m tests.bench.weak_scaling --chip=h100 --output=configs/studies/weak_scaling
 
 Writes results.json after every compile and goes on from it; table.md and figure.png
-are made anew from it. Nothing is run on these machines: see `t5x_lite.plan --help` for
-what the times mean. Needs the compiler of the chip, and an hour of two cores.
+are made anew from it. A row that takes the compiler more than `--seconds` is left out.
+Nothing is run on these machines: see `t5x_lite.plan --help` for what the times mean.
+Needs the compiler of the chip, and an hour of two cores.
 """
 
 import argparse
 import json
+import math
+import os
 import pathlib
+import time
 
-from t5x_lite import cli, config, plan_search, plan_tables
+from t5x_lite import cli, config, plan_tables
 from t5x_lite.aot import Topology
+from t5x_lite.estimate import Job
 
+CHIPS = ("h100", "v5e", "v5p")
 SIZES = (4, 16, 64, 256, 1024, 4096)
 
 # Name -> (config file, examples per chip, fsdp: at most so many chips, the rest data).
 SERIES = {
     "T5.1.1-xxl, fsdp over all": ("configs/t5_1_1_xxl.py", 8, 4096),
     "T5.1.1-xxl, fsdp over 64": ("configs/t5_1_1_xxl.py", 8, 64),
-    "BERT-large, fsdp over all": ("configs/bert_large.py", 32, 1024),
+    "BERT-large, fsdp over up to 1,024": ("configs/bert_large.py", 32, 1024),
     "BERT-large, data parallel": ("configs/bert_large.py", 32, 1),
 }
 SHAPES = {
@@ -37,32 +43,54 @@ def topology(chip: str, n: int) -> Topology:
     return Topology.parse(f"{chip}:{shape}")
 
 
-def of_size(series: str, n: int) -> config.Config:
+def of_size(series: str, n: int, slices: int = 1) -> config.Config:
     name, per_chip, most = SERIES[series]
     raw = cli.load_config(name)
     raw.data.batch_size = per_chip * n
     raw.model.remat = "full" if "xxl" in name else "dots_no_batch"
-    raw.sharding.update(dict(data=-1, fsdp=min(n, most), tensor=1))
+    fsdp = min(n, most)
+    between = math.gcd(n // fsdp, slices)
+    raw.sharding.update(dict(data=n // fsdp, fsdp=fsdp, tensor=1))
+    raw.sharding.update(dict(dcn_data=between, dcn_fsdp=slices // between))
     return config.freeze(raw)
 
 
-def run(chip: str, sizes: list[int], folder: pathlib.Path) -> list[dict]:
+def compiled(series: str, chip: str, n: int, seconds: float) -> dict | None:
+    """The plan of one row; None if the compiler took longer than that."""
+    machine = topology(chip, n)
+    job = Job(of_size(series, n, machine.slices), machine)
+    try:
+        latest = time.monotonic() + seconds
+        while not job.done():
+            if time.monotonic() > latest:
+                return None
+            time.sleep(0.5)
+        return job.result()
+    finally:
+        job.stop()
+
+
+def run(flags: argparse.Namespace, folder: pathlib.Path) -> list[dict]:
     path = folder / "results.json"
     known = json.loads(path.read_text()) if path.exists() else []
-    for n in sizes:
-        for series in SERIES:
+    for n in map(int, flags.sizes.split(",")):
+        for series in (s for s in SERIES if flags.series in s):
             name, _, most = SERIES[series]
-            asked = dict(config=name, chip=chip, chips=n, fsdp=min(n, most))
+            asked = dict(config=name, chip=flags.chip, chips=n, fsdp=min(n, most))
             same = [r for r in known if asked.items() <= r.items()]
             if any(r["series"] == series for r in same):
                 continue
-            if same:  # two series are one up to some size
-                found = same[0]
-            else:
-                cfgs = {series: of_size(series, n)}
-                found = plan_search.run_all(cfgs, topology(chip, n))[series]
+            # Two series are one up to some size.
+            found = same[0] if same else compiled(series, flags.chip, n, flags.seconds)
+            if found is None:
+                print(f"{series}, {n} x {flags.chip}: not done in {flags.seconds:g} s")
+                continue
             known.append(found | asked | dict(series=series))
-            path.write_text(json.dumps(known, indent=1) + "\n")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(known, indent=1) + "\n")
+            os.replace(temporary, path)
+            took = f"compiled in {found['compile_seconds']:.0f} s"
+            print(f"{series}, {n} x {flags.chip}: {took}", flush=True)
     return known
 
 
@@ -95,55 +123,71 @@ def table(rows: list[dict]) -> str:
 
 
 def figure(rows: list[dict], path: pathlib.Path):
+    """A row of three plots for each chip of three sizes or more that fit."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    titles = ("memory per chip, GiB", "sent per chip and step, GiB", "step, seconds")
-    for series in SERIES:
-        mine = sorted(
-            (r for r in rows if r["series"] == series and "roofline" in r),
-            key=lambda r: r["chips"],
-        )
-        if not mine:
-            continue
-        chips = [r["chips"] for r in mine]
-        sent = [sum(c["bytes"] for c in r["collectives"]) / 2**30 for r in mine]
-        (line,) = axes[0].plot(
-            chips, [r["memory"]["peak"] / 2**30 for r in mine], "o-", label=series
-        )
-        color = line.get_color()
-        axes[1].plot(chips, sent, "o-", color=color)
-        for key, style in (("step", "o-"), ("step_without_overlap", "o:")):
-            axes[2].plot(chips, [r["roofline"][key] for r in mine], style, color=color)
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, xlabel="chips", xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
-        axis.set_xticks(SIZES, [f"{n:,}" for n in SIZES])
-        axis.xaxis.set_minor_locator(NullLocator())
-        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(StrMethodFormatter("{x:g}"))
-    axes[0].legend(fontsize=8)
-    axes[2].text(
+    timed = [r for r in rows if "roofline" in r]
+    sizes = {chip: {r["chips"] for r in timed if r["chip"] == chip} for chip in CHIPS}
+    chips = [chip for chip in CHIPS if len(sizes[chip]) > 2]
+    if not chips:
+        return
+    figure, grid = plt.subplots(
+        *(len(chips), 3),
+        figsize=(13, 4 * len(chips)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for chip, axes in zip(chips, grid, strict=True):
+        _plots([r for r in timed if r["chip"] == chip], axes)
+        titles = ("memory per chip, GiB", "sent per chip and step, GiB", "step, s")
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set(title=f"{chip}: {title}")
+    grid[0][0].legend(fontsize=8)
+    grid[0][2].text(
         *(0.02, 0.4, "line: all overlapped; dots: network not hidden"),
-        transform=axes[2].transAxes,
+        transform=grid[0][2].transAxes,
         fontsize=7,
     )
     figure.savefig(path, dpi=120)
 
 
+def _plots(rows: list[dict], axes):
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+    for color, series in enumerate(SERIES):
+        mine = [r for r in rows if r["series"] == series]
+        mine = sorted(mine, key=lambda r: r["chips"])
+        n = [r["chips"] for r in mine]
+        style: dict = dict(color=f"C{color}", label=series)
+        held = [r["memory"]["peak"] / 2**30 for r in mine]
+        sent = [sum(c["bytes"] for c in r["collectives"]) / 2**30 for r in mine]
+        axes[0].plot(n, held, "o-", **style)
+        axes[1].plot(n, sent, "o-", **style)
+        for key, line in (("step", "o-"), ("step_without_overlap", "o:")):
+            axes[2].plot(n, [r["roofline"][key] for r in mine], line, **style)
+    for axis in axes:
+        axis.set(xlabel="chips", xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.set_xticks(SIZES, [f"{n:,}" for n in SIZES])
+        axis.xaxis.set_minor_locator(NullLocator())
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(StrMethodFormatter("{x:g}"))
+
+
 def main():
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--chip", default="h100", help="h100, v5p or v5e")
+    flags.add_argument("--chip", default="h100", choices=CHIPS)
     flags.add_argument("--output", default="configs/studies/weak_scaling")
     flags.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    flags.add_argument("--series", default="", help="only those with this in the name")
+    flags.add_argument("--seconds", type=float, default=600, help="limit of a row")
     given = flags.parse_args()
     folder = pathlib.Path(given.output)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = run(given.chip, [int(n) for n in given.sizes.split(",")], folder)
+    rows = run(given, folder)
     (folder / "table.md").write_text(table(rows))
     figure(rows, folder / "figure.png")
 
