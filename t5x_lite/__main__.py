@@ -12,6 +12,7 @@ COMMANDS = {
     "export": "parameters as one .npz with readable names",
     "inspect": "print examples of a config, and who sees whom",
     "elmo": "train a small ELMo biLM on words",
+    "study": "scaling studies: plan, run, fit, report, coordcheck",
     "vocab": "train or show a SentencePiece vocabulary",
 }
 
