@@ -286,9 +286,10 @@ def leave_out(chosen: Sequence[Cell], points: Points, settings: Settings) -> Lea
     for i in map(int, top):
         cell = chosen[i]
         by_law = None if isinstance(law, str) else law.prediction(cell.N, cell.D)
+        by_power = None
         # Of a budget's cells, a power of compute speaks of the best alone.
-        told = isinstance(power, powerlaws.Power) and i == best
-        by_power = power.at(cell.C, seed=0) if told else None
+        if isinstance(power, powerlaws.Power) and i == best:
+            by_power = power.at(cell.C, seed=0)
         held.append(
             Held(cell.name, cell.N, cell.D, cell.C, cell.mean, by_law, by_power)
         )
