@@ -1,10 +1,10 @@
-"""The figures of a study. Each function returns a figure, or why there is none."""
+"""The figures of a study, each by a function that returns it or why there is none."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import cm, colors
+from matplotlib import cm, colors, ticker
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -57,6 +57,27 @@ def _scale(values) -> tuple[Any, bool]:
     return cm.ScalarMappable(norm, "viridis"), varies
 
 
+def _log(axis):
+    """A log axis whose labels keep clear of each other over a short range too."""
+    low, high = sorted(axis.get_view_interval())
+    if high < 150 * low:
+        steps = (1.0, 2.0, 5.0) if high < 30 * low else (1.0, 3.0)
+        axis.set_major_locator(ticker.LogLocator(subs=steps))
+        axis.set_major_formatter(ticker.FuncFormatter(_short))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _short(value: float, _) -> str:
+    """50000 -> '50k', 2e6 -> '2M', 5e12 -> '5e12'."""
+    for size, unit in ((1e9, ""), (1e6, "M"), (1e3, "k"), (1.0, "")):
+        if value >= size:
+            whole = unit or size == 1.0
+            return (
+                f"{value / size:g}{unit}" if whole else f"{value:.0e}".replace("+", "")
+            )
+    return f"{value:g}"
+
+
 def curves(found: Analysis) -> Figure | str:
     """Training loss of every cell against its compute, seeds averaged."""
     groups = {f.name: f.cells for f in found.families}
@@ -85,13 +106,16 @@ def curves(found: Analysis) -> Figure | str:
             tops.append(curve[len(curve) // 12 :, 1].max())
             bottoms.append(curve[:, 1].min())
         room = 0.05 * (max(tops) - min(bottoms))
-        ax.set(xscale="log", xlabel=FLOPS, ylabel=f"training {LOSS}")
+        ax.set(xlabel=FLOPS, ylabel=f"training {LOSS}")
+        ax.set_xscale("log")
+        _log(ax.xaxis)
         if room:
             ax.set_ylim(min(bottoms) - room, max(tops) + room)
         if not by_size:
             ax.legend(fontsize=7, loc="upper right")
     if by_size:
-        figure.colorbar(scale, ax=list(axes), label=parameters(found))
+        bar = figure.colorbar(scale, ax=list(axes), label=parameters(found))
+        _log(bar.ax.yaxis)
     return figure
 
 
@@ -121,7 +145,9 @@ def isoflop(found: Analysis) -> Figure | str:
             if s.N:
                 bottom = np.polyval(s.parabola, np.log(s.N) - s.middle)
                 ax.plot(s.N, bottom, "*", ms=11, color=color, mec="black", mew=0.6)
-        ax.set(xscale="log", xlabel=parameters(found), ylabel=loss_label(found))
+        ax.set(xlabel=parameters(found), ylabel=loss_label(found))
+        ax.set_xscale("log")
+        _log(ax.xaxis)
         ax.legend(
             title="FLOPs", fontsize=7, title_fontsize=8, loc="upper left",
             bbox_to_anchor=(1.0, 1.0),
@@ -177,6 +203,9 @@ def frontier(found: Analysis, f: Family) -> Figure | str:
     _held(ax, f)
     for ax in axes:
         ax.legend(fontsize=8)
+        _log(ax.xaxis)
+    for ax in axes[:2]:
+        _log(ax.yaxis)
     figure.suptitle(f"Compute-optimal frontier, {f.name}", fontsize=11)
     return figure
 
