@@ -13,8 +13,7 @@ def get_config(arg=""):
     c = base.get_config()
     base.set_model(c, "albert_base")
     base.set_objective(c, "masked_lm", sentence="sop", ngrams=(6, 3, 2))
-    # The paper trains with LAMB at 1.76e-3; AdamW takes about a tenth of that.
-    base.adamw(c, 1.76e-4, 3_125)
+    base.adamw(c, 1.76e-3, 3_125, name="lamb")
     c.steps, c.data.batch_size = 125_000, 4096
     c.eval_every = 2_000
     c.checkpoint.keep_every = 10_000

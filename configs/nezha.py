@@ -13,8 +13,7 @@ def get_config(arg=""):
     c = base.get_config()
     base.set_model(c, "nezha_base")
     base.set_objective(c, "masked_lm", sentence="nsp", units="word")
-    # The paper trains with LAMB.
-    base.adamw(c, 1e-4, 10_000)
+    base.adamw(c, 1e-4, 10_000, name="lamb")
     c.steps, c.data.batch_size = 1_000_000, 256
     c.eval_every = 2_000
     c.checkpoint.keep_every = 10_000

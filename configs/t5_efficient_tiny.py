@@ -1,7 +1,8 @@
 """T5-Efficient-tiny: T5 v1.0's kind, 4+4 layers (Tay et al. 2021).
 
-    python -m t5x_lite.train --config=configs/t5_efficient_tiny.py --workdir=runs/t5_efficient_tiny \\
-        --config.data.train='corpus/*.jsonl' --config.data.heldout=heldout.jsonl
+    python -m t5x_lite.train --config=configs/t5_efficient_tiny.py \\
+        --workdir=runs/t5_efficient_tiny --config.data.train='corpus/*.jsonl' \\
+        --config.data.heldout=heldout.jsonl
 
 Hardware, wall time, held-out loss: not yet measured; not measured on GPU. The small
 version (`:study`) is in the README's table."""

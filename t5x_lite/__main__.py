@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "held-out loss of a checkpoint",
     "generate": "fill the gaps of a text, or go on with it",
     "export": "parameters as one .npz with readable names",
+    "plan": "memory, network and time of a config on a machine that is not here",
     "inspect": "print examples of a config, and who sees whom",
     "elmo": "train a small ELMo biLM on words",
     "study": "scaling studies: plan, run, fit, report, coordcheck",

@@ -7,6 +7,7 @@ checkpoints before it whole.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -107,8 +108,12 @@ class Checkpoints:
             )
             (self.directory / str(s)).rename(free)
         if later:
-            self._manager.reload()
+            self.reload()
         return later
+
+    def reload(self):
+        """Looks again at what is there, after another process changed it."""
+        self._manager.reload()
 
     def wait(self):
         """Blocks until what was saved is on disk."""
@@ -123,6 +128,8 @@ class Checkpoints:
     def _write_errors(self):
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # a process is lost, not the files
+            raise
         except _ERRORS as e:
             have = sorted(
                 int(p.name) for p in self.directory.glob("*") if p.name.isdigit()
@@ -198,7 +205,7 @@ def make_meta(cfg: config_lib.Config, step: int, data: dict) -> dict:
 
 # What the stored arrays depend on, and what the sequence of batches depends on.
 _STATE_KEYS = ("model", "optim.name", "optim.lr_rules")
-_FREE_MODEL_KEYS = ("attention", "dropout", "dtype", "remat", "scan")
+_FREE_MODEL_KEYS = ("attention", "dropout", "dtype", "remat", "scan", "unpadded")
 _ORDER_KEYS = (
     *("seed", "objective", "data.batch_size", "data.inputs_length"),
     *("data.train_inputs", "data.static_noise"),
@@ -267,8 +274,25 @@ def _at(tree: dict, path: str):
 def load_run(workdir, step: int = -1):
     """A finished or running run for inference: (config, model, params, step, meta).
 
-    The config's platform is emptied: the run may have been on another machine.
-    Parameters come back as float32 arrays on the default device.
+    As `read_run` and `load_params` on the default device.
+    """
+    cfg, chosen, meta = read_run(workdir, step)
+    net = model.build(cfg.model)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    flat = {
+        tuple(name.split("/")): jax.ShapeDtypeStruct(
+            p.get_value().shape, np.float32, sharding=here
+        )
+        for name, p in parameters.declared(net).items()
+    }
+    return cfg, net, load_params(workdir, chosen, parameters.nested(flat)), chosen, meta
+
+
+def read_run(workdir, step: int = -1):
+    """What a finished or running run was: (config, step, meta).
+
+    The config's platform is emptied and its attention is the reference: the run may
+    have been on another machine.
 
     Raises:
       FileNotFoundError: if `workdir` holds no checkpoint.
@@ -287,25 +311,33 @@ def load_run(workdir, step: int = -1):
         if chosen is None:
             raise nothing
         meta = reader.meta(chosen)
-        cfg = config_lib.freeze(meta["config"] | {"platform": ""})
-        net = model.build(cfg.model)
-        with reader._read_errors(chosen):
-            params = _restore_params(directory / str(chosen) / "state", net)
     finally:
         reader.close()
-    return cfg, net, params, chosen, meta
+    cfg = config_lib.freeze(meta["config"] | {"platform": ""})
+    # Of the training machine: a kernel, and where the optimizer's state lies.
+    reference = dataclasses.replace(cfg.model, attention="einsum", unpadded=False)
+    still = dataclasses.replace(cfg.optim, offload=False)
+    return dataclasses.replace(cfg, model=reference, optim=still), chosen, meta
 
 
-def _restore_params(path: pathlib.Path, net) -> dict:
-    """Only the parameters; the optimizer's arrays are not read."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    flat = {
-        tuple(name.split("/")): jax.ShapeDtypeStruct(
-            p.get_value().shape, np.float32, sharding=here
-        )
-        for name, p in parameters.declared(net).items()
-    }
-    tree = {"params": parameters.nested(flat)}
+def load_params(workdir, step: int, abstract_params: dict) -> dict:
+    """The parameters of a checkpoint; the optimizer's arrays are not read.
+
+    Args:
+      abstract_params: nested ShapeDtypeStructs with shardings, all of them.
+    """
+    reader = Checkpoints(workdir, config_lib.CheckpointConfig(), reader=True)
+    try:
+        with reader._read_errors(step):
+            return _restore_params(
+                reader.directory / str(step) / "state", abstract_params
+            )
+    finally:
+        reader.close()
+
+
+def _restore_params(path: pathlib.Path, abstract_params: dict) -> dict:
+    tree = {"params": abstract_params}
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             path,

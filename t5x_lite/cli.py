@@ -241,12 +241,29 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, KeyError, OSError, FloatingPointError) as e:
-        innermost = traceback.extract_tb(e.__traceback__)[-1].filename
-        ours = pathlib.Path(innermost).parent.is_relative_to(
-            pathlib.Path(__file__).parent
-        )
-        if not (ours or isinstance(e, OSError)):
+    except Exception as e:
+        if not is_users(e):
             raise
         print(f"error: {message_of(e)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code(e))
+
+
+class TryAgain(ValueError):
+    """What the same command need not meet the next time: a process that is late."""
+
+
+def exit_code(e: BaseException) -> int:
+    """2 for an error of the user, 75 (sysexits' EX_TEMPFAIL) for `TryAgain`, else 1."""
+    if isinstance(e, TryAgain):
+        return 75
+    return 2 if is_users(e) else 1
+
+
+def is_users(e: BaseException) -> bool:
+    """Is it an error of the user's input? See `run`."""
+    if isinstance(e, OSError):
+        return True
+    if not isinstance(e, (ValueError, KeyError, FloatingPointError)):
+        return False
+    innermost = pathlib.Path(traceback.extract_tb(e.__traceback__)[-1].filename)
+    return innermost.parent.is_relative_to(pathlib.Path(__file__).parent)

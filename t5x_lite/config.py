@@ -19,6 +19,7 @@ import ml_collections
 from t5x_lite import model_config
 from t5x_lite.model_config import DTYPES, ModelConfig, key
 
+OPTIMIZERS = ("adafactor", "adamw", "lamb")
 SCHEDULES = ("constant", "rsqrt", "linear", "cosine", "wsd")
 
 
@@ -38,16 +39,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    name: str = key("adafactor", "optimizer", among=("adafactor", "adamw"))
+    name: str = key("adafactor", "optimizer", among=OPTIMIZERS)
     learning_rate: float = key(1.0, "peak; rsqrt: lr/sqrt(max(step, warmup))", low=0.0)
     schedule: str = key("rsqrt", "learning-rate schedule", among=SCHEDULES)
     warmup_steps: int = key(10_000, "steps of linear warm-up (rsqrt: flat)", low=0)
     decay_steps: int = key(0, "last steps that decay in wsd; 0 = a fifth", low=0)
     final_fraction: float = key(0.0, "end / peak learning rate", low=0.0, high=1.0)
     clip_norm: float = key(0.0, "global gradient norm; 0 = no clipping", low=0.0)
-    beta1: float = key(0.9, "AdamW first moment", low=0.0, high=1.0)
-    beta2: float = key(0.999, "AdamW second moment", low=0.0, high=1.0)
-    eps: float = key(1e-8, "AdamW epsilon", low=0.0)
+    beta1: float = key(0.9, "AdamW, LAMB: first moment", low=0.0, high=1.0)
+    beta2: float = key(0.999, "AdamW, LAMB: second moment", low=0.0, high=1.0)
+    eps: float = key(1e-8, "AdamW, LAMB: epsilon", low=0.0)
     decay_rate: float = key(0.8, "Adafactor second-moment exponent", low=0.0, high=1.0)
     update_clip: float = key(1.0, "Adafactor update RMS threshold", low=0.0)
     weight_decay: float = key(0.0, "decoupled weight decay", low=0.0)

@@ -3,20 +3,33 @@
     python -m t5x_lite.evaluate --workdir=runs/demo
     python -m t5x_lite.evaluate --workdir=runs/demo --step=200 --data=my/text.jsonl
 
-Prints one line of JSON and writes it to WORKDIR/evaluation-STEP.json.
+Prints one line of JSON and writes it to WORKDIR/evaluation-STEP.json. Several processes
+(see t5x_lite/distributed.py) evaluate together a model that fits no single device.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
 import re
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
-from t5x_lite import checkpoint, cli, generate, prompts, run, sharding, step
+from t5x_lite import (
+    checkpoint,
+    cli,
+    distributed,
+    generate,
+    prompts,
+    run,
+    sharding,
+    step,
+)
 from t5x_lite.data import sources
 from t5x_lite.model import trained_stream
 
@@ -31,22 +44,32 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 = latest")
     parser.add_argument("--data", help="held-out text, instead of the run's own")
     flags = parser.parse_args(argv)
-    cfg, _, params, at, meta = checkpoint.load_run(flags.workdir, flags.step)
-    one = dataclasses.replace(cfg.sharding, data=-1, fsdp=1, tensor=1)
-    cfg = dataclasses.replace(cfg, sharding=one)
-    if flags.data:
-        data = dataclasses.replace(cfg.data, heldout=flags.data)
-        cfg = dataclasses.replace(cfg, data=data)
-    setup = run.Setup.of(cfg, jax.devices()[:1])
-    checkpoint.check_vocab(meta, setup.vocab)
-    with sharding.use(setup.mesh, cfg.sharding.rules):
-        eval_step = jax.jit(step.make_eval_step(setup.model, cfg, setup.vocab.size))
+    with distributed.join(lambda: distributed.identity(flags=vars(flags))) as peers:
+        cfg, at, meta = checkpoint.read_run(flags.workdir, flags.step)
+        peers.check_same({"checkpoint": at})
+        peers.show()
+        # Alone one device is enough; several processes share the run's own layout.
+        alone = dict(fsdp=1, tensor=1, sequence=1, dcn_data=-1, dcn_fsdp=1)
+        sizes = {} if peers.count > 1 else alone
+        mesh = dataclasses.replace(cfg.sharding, data=-1, **sizes)
+        cfg = dataclasses.replace(cfg, sharding=mesh)
+        if flags.data:
+            data = dataclasses.replace(cfg.data, heldout=flags.data)
+            cfg = dataclasses.replace(cfg, data=data)
+        setup = run.Setup.of(cfg, jax.devices()[:1] if peers.count == 1 else None)
+        checkpoint.check_vocab(meta, setup.vocab)
         result = {"step": at, "data": cfg.data.heldout}
-        result |= heldout(setup, eval_step, params)
-    result["unigram_loss"] = setup.unigram_loss()
-    path = pathlib.Path(flags.workdir) / f"evaluation-{at}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+        with sharding.use(setup.mesh, setup.cfg.sharding.rules):
+            params = checkpoint.load_params(
+                flags.workdir, at, setup.abstract_state["params"]
+            )
+            eval_step = step.make_eval_step(setup.model, setup.cfg, setup.vocab.size)
+            result |= heldout(setup, jax.jit(eval_step), params)
+        result["unigram_loss"] = setup.unigram_loss()
+        if peers.lead:
+            path = pathlib.Path(flags.workdir) / f"evaluation-{at}.json"
+            path.write_text(json.dumps(result, indent=2) + "\n")
+            print(json.dumps(result))
 
 
 def heldout(setup: run.Setup, eval_step, params) -> dict:
@@ -93,6 +116,36 @@ def sample_sentences(source: str, count: int, seed: int) -> list[str]:
             break
     picked = rng.permutation(len(found))[:count]
     return [found[i] for i in picked]
+
+
+@contextlib.contextmanager
+def on_lead(setup: run.Setup, params: dict) -> Iterator[dict | None]:
+    """Within: the whole parameters on one device of the lead, None on other processes.
+
+    All processes call it. None on the lead too, with a word, if they do not fit there.
+    """
+    if jax.process_count() == 1:
+        yield params
+        return
+    device = jax.local_devices()[0]
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    room = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    # Beside an optimizer with two moments; the same answer on every process.
+    if 4 * size > room:
+        setup.say(f"no samples: {size / 2**30:.1f} GiB of parameters on one device")
+        yield None
+        return
+    # One at a time: for a moment each device holds the whole of it.
+    whole = jax.tree.map(
+        lambda x: multihost_utils.process_allgather(x, tiled=True), params
+    )
+    if not setup.lead:
+        yield None
+        return
+    sizes = {axis: 1 for axis in setup.mesh.shape} | dict(dcn_data=-1, dcn_fsdp=1)
+    one = dataclasses.replace(setup.cfg.sharding, **sizes)
+    with sharding.use(sharding.make_mesh(one, [device]), one.rules):
+        yield jax.device_put(whole, device)
 
 
 def print_samples(setup: run.Setup, params, count: int = 4):

@@ -172,10 +172,11 @@ class Attention(nnx.Module):
             self.value_bias = param((N, H), ("heads", "kv"), zeros)
             self.out_bias = param((D,), ("norm",), zeros)
         if positions in RELATIVE:
-            if cfg.attention == "rows":
+            if cfg.attention != "einsum":
                 raise ValueError(
-                    f"config.model.attention='rows' with positions={positions!r}: rows "
-                    "share one bias, here each has its own. Set attention='einsum'."
+                    f"config.model.attention={cfg.attention!r} with positions="
+                    f"{positions!r}: it takes one bias for all rows, here each has its "
+                    "own. Set attention='einsum'."
                 )
             self.relative = RELATIVE[positions](cfg)
 
@@ -188,13 +189,16 @@ class Attention(nnx.Module):
     def keys_values(self, y_BSD):
         return self._projected(y_BSD, "key"), self._projected(y_BSD, "value")
 
-    def __call__(self, x_BTD, keys_values, visible_BTS, bias=None, key=None, at=None):
+    def __call__(
+        self, x_BTD, keys_values, visible_BTS, bias=None, key=None, at=None, seen="mask"
+    ):
         """-> [B, T, D].
 
         Args:
           keys_values: k_BSNH, v_BSNH.
           bias: float32, added to the scores, [1 or B, N, T, S].
           at: `positions.Cells` of queries and keys, for positions that enter here.
+          seen: "mask" is what `visible_BTS` says; "all" and "causal" promise it.
         """
         k_BSNH, v_BSNH = keys_values
         q_BTNH = self._projected(x_BTD, "query")
@@ -210,8 +214,10 @@ class Attention(nnx.Module):
             ones_BN1S = jnp.ones((B, N, 1, S), x_BTD.dtype)
             keep_BN1S = dropout(ones_BN1S, self.cfg.dropout, key, along=2)
         attend = KERNELS[self.cfg.attention]
-        extra = () if of_values is None else (of_values,)
-        o_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias, keep_BN1S, *extra)
+        extra = {} if of_values is None else {"of_weights": of_values}
+        if self.cfg.attention == "cudnn":
+            extra["pattern"] = seen
+        o_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias, keep_BN1S, **extra)
         o_BTNH = checkpoint_name(o_BTNH, "attention")
         y_BTD = product("BTNH,NHD->BTD", o_BTNH, self.out[...])
         if hasattr(self, "out_bias"):

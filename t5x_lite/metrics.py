@@ -18,10 +18,13 @@ class Writer:
     """metrics.jsonl (the source of truth) and TensorBoard events of one workdir.
 
     On resume, lines of steps after the restored one are dropped first: they are about
-    to be computed again.
+    to be computed again. Of several processes only the one with `active` writes.
     """
 
-    def __init__(self, workdir, after_step: int):
+    def __init__(self, workdir, after_step: int, *, active: bool = True):
+        self.active = active
+        if not active:
+            return
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         kept = [m for m in read(self.path) if m["step"] <= after_step]
         temporary = self.path.with_suffix(".tmp")
@@ -34,6 +37,8 @@ class Writer:
 
     def write(self, step: int, **values):
         """Appends {"step": step, **values}."""
+        if not self.active:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):
@@ -41,11 +46,15 @@ class Writer:
 
     def flush(self):
         """Everything written so far survives a crash of the machine."""
+        if not self.active:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
         self._board.flush()
 
     def close(self):
+        if not self.active:
+            return
         self.flush()
         self._file.close()
         self._board.close()

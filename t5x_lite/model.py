@@ -105,8 +105,10 @@ def context(cfg: ModelConfig, stream: dict, before: dict | None = None) -> Conte
             cells, keys, queries, stream.get("query_groups"), window=window
         )
 
+    implied = {"encoder": "all", "decoder": "causal"}.get(cfg.structure, "mask")
     return Context(
         visible_BTS=seen(0),
+        seen=implied if cfg.unpadded else "mask",
         grid=positions.Grid(stream["tokens"].shape[1], streams, memory, own, different),
         banded_BTS=seen(cfg.window) if cfg.window else None,
         causal=cfg.structure == "decoder",
@@ -167,6 +169,7 @@ class EncoderDecoder(Assembly):
         x_BSE = self.embed(stream["tokens"])
         x_BSD = self.encoder_inputs(x_BSE, stream, layers.fold(key, 0))
         ctx = context(self.cfg, stream)
+        ctx = ctx._replace(seen="all" if self.cfg.unpadded else "mask")
         x_BSD, _, _ = stack(x_BSD, ctx, layers.fold(key, 1))
         return layers.dropout(x_BSD, self.cfg.dropout, layers.fold(key, 2), along=1)
 
@@ -180,6 +183,8 @@ class EncoderDecoder(Assembly):
             memory_BSD=memory_BSD,
             memory_visible_BTS=visible(queries, memory_cells),
             causal=True,
+            seen="causal" if self.cfg.unpadded else "mask",
+            memory_seen="all" if self.cfg.unpadded else "mask",
         )
         x_BTE = self.embed(stream["tokens"])
         x_BTD = self.decoder_inputs.with_streams(x_BTE, stream, layers.fold(key, 0))

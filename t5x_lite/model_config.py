@@ -83,6 +83,9 @@ class ModelConfig:
     attention: str = key(
         "einsum", "kernel; rows: one CPU device, cudnn: GPU", among=ATTENTION
     )
+    unpadded: bool = key(
+        False, "promise for cudnn: rows have no padding and one segment (checked)"
+    )
     dtype: str = key("float32", "compute dtype; state is float32", among=DTYPES)
     remat: str = key("dots", "what the backward pass recomputes", among=REMAT)
     scan: bool = key(True, "loop over layers with lax.scan (False: unrolled)")
@@ -242,8 +245,21 @@ def problems(m: ModelConfig):
         ),
         (
             m.positions in ("functional", "transformer_xl", "prophetnet")
-            and m.attention == "rows",
-            f"attention='rows' cannot compute positions={m.positions!r}. Use 'einsum'.",
+            and m.attention != "einsum",
+            f"attention={m.attention!r} cannot compute positions={m.positions!r}. Use "
+            "'einsum'.",
+        ),
+        (
+            m.unpadded
+            and (
+                m.structure not in ("encoder", "decoder", "encoder_decoder")
+                or m.query_streams
+                or m.memory_length
+                or m.window
+            ),
+            "unpadded=True is for encoders, decoders and encoder-decoders without "
+            "query streams, memory and window, whose masks are all or causal. Set it "
+            "to False.",
         ),
     )
     if m.parametrisation == "mup":

@@ -91,7 +91,8 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
     """The gradient transformation of a config for a model's parameters.
 
     Weight decay is decoupled and scaled by the learning rate (Loshchilov & Hutter
-    2019), for Adafactor too. A learning-rate multiplier of 0 freezes a parameter: no
+    2019), for Adafactor too; LAMB (You et al. 2020) scales it with the update by each
+    layer's trust ratio. A learning-rate multiplier of 0 freezes a parameter: no
     update, no optimizer state, no share in the gradient norm.
     """
     o, params = cfg.optim, parameters.declared(model)
@@ -110,19 +111,27 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
 
         return optax.stateless(update)
 
+    # Always the same parts: a checkpoint fits whichever of them are switched on.
+    nothing = optax.identity()
+    decayed = decayed_weights(o.weight_decay, decay) if o.weight_decay else nothing
+    eps = o.eps * mup.gradient_scale(cfg.model)
     if o.name == "adamw":
-        eps = o.eps * mup.gradient_scale(cfg.model)
         core = optax.scale_by_adam(o.beta1, o.beta2, eps)
+    elif o.name == "lamb":
+        core = optax.chain(
+            optax.scale_by_adam(o.beta1, o.beta2, o.eps),
+            decayed,
+            per_matrix(optax.scale_by_trust_ratio(), model),
+        )
+        decayed = nothing
     else:
         core = per_matrix(adafactor(o), model)
     if cfg.model.parametrisation == "mup":
         core = multiplied(core, mup.rates(params, o.name))
-    # Always the same parts: a checkpoint fits whichever of them are switched on.
-    nothing = optax.identity()
     chain = optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else nothing,
         core,
-        decayed_weights(o.weight_decay, decay) if o.weight_decay else nothing,
+        decayed,
         leafwise(rate) if set(rate.values()) - {0.0, 1.0} else nothing,
         optax.scale_by_learning_rate(schedule(cfg)),
     )

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import jax
-import matplotlib
 import numpy as np
 from flax import nnx
 
@@ -106,6 +105,8 @@ def plot_loss(rows: list[dict], path, unigram: float | None):
       rows: of metrics.jsonl.
       unigram: loss of the baseline, drawn as a line.
     """
+    import matplotlib  # half a second that no start has to wait for
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

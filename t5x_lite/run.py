@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from t5x_lite import config as config_lib
-from t5x_lite import entities, metrics, optim, sharding, state, vocab
+from t5x_lite import entities, metrics, optim, sharding, state, visibility, vocab
 from t5x_lite import model as model_lib
 from t5x_lite.data import pipeline, store
+from t5x_lite.kernels import attention
 from t5x_lite.objectives.entities import load_entities
 from t5x_lite.vocab import Vocab
 
@@ -46,15 +47,10 @@ class Setup:
         words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
         mesh = sharding.make_mesh(cfg.sharding, devices)
         rules = cfg.sharding.rules
-        ways = math.prod(mesh.shape.get(a, 1) for a in rules.get("vocab", ()))
+        ways = sharding.ways("vocab", rules, mesh.shape)
         cfg = resolve_entities(resolve_vocab_size(cfg, words, ways), words)
         sizes = dataclasses.replace(cfg.sharding, **mesh.shape)
         cfg = dataclasses.replace(cfg, sharding=sizes)
-        if cfg.model.attention == "rows" and mesh.size > 1:
-            raise ValueError(
-                "config.model.attention='rows' runs on one device, here are "
-                f"{mesh.size}. Use 'einsum'."
-            )
         size = cfg.data.batch_size // cfg.optim.microbatches
         rows = sharding.batch_sharding(mesh, rules, size)
         net = model_lib.build(cfg.model)
@@ -86,6 +82,8 @@ class Setup:
 
         train = batches("config.data.train", cfg.data.train, False)
         check_fit(cfg, train)
+        lengths = {T * (1 + G) for T, _, G in train.shapes.values()}
+        attention.check(cfg.model, mesh, sorted(lengths))
         heldout = batches("config.data.heldout", cfg.data.heldout, True)
         return cls(cfg, words, train, heldout, mesh, net, tx, abstract, rows)
 
@@ -136,6 +134,8 @@ class Setup:
         return found
 
     def to_device(self, batch: dict) -> dict:
+        if self.cfg.model.unpadded:
+            visibility.check_unpadded(self.cfg.model, batch)
         size = self.cfg.data.batch_size
         return sharding.to_device(batch, self.batch_sharding, size)
 

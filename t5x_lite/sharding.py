@@ -46,17 +46,25 @@ def make_mesh(cfg: config_lib.ShardingConfig, devices=None) -> Mesh:
 
 
 def device_grid(sizes, dcn_data: int, dcn_fsdp: int, devices) -> np.ndarray:
-    """Devices in the shape `sizes`, slices outermost along data and fsdp."""
-    attribute = "slice_index"
-    if len({getattr(d, attribute, 0) for d in devices}) == 1 and dcn_data > 0:
-        attribute = "process_index"  # without slices, what shares a process is near
-    slices = len({getattr(d, attribute, 0) for d in devices})
+    """Devices in the shape `sizes`, slices outermost along data and fsdp.
+
+    TPU slices are always told apart. Other machines are one, unless `dcn_data` or
+    `dcn_fsdp` asks for parts: then by `slice_index` (the hosts of GPUs), or by process.
+    """
+
+    def count(attribute: str) -> int:
+        return len({getattr(d, attribute, 0) for d in devices})
+
+    attribute, slices = "slice_index", 1
+    if devices[0].platform == "tpu":
+        slices = count(attribute)
+    elif dcn_data > 1 or dcn_fsdp > 1:
+        attribute = attribute if count(attribute) > 1 else "process_index"
+        slices = count(attribute)
     if dcn_data == -1:
         dcn_data = max(1, slices // dcn_fsdp)
     between = (dcn_data, dcn_fsdp, 1, 1)
-    if math.prod(between) == slices == 1 or (
-        math.prod(between) == 1 and attribute == "process_index"
-    ):
+    if math.prod(between) == slices == 1:
         return mesh_utils.create_device_mesh(
             tuple(sizes), devices, allow_split_physical_axes=True
         )
@@ -67,8 +75,8 @@ def device_grid(sizes, dcn_data: int, dcn_fsdp: int, devices) -> np.ndarray:
         raise ValueError(
             f"config.sharding.dcn_data={dcn_data}, dcn_fsdp={dcn_fsdp} with data="
             f"{sizes[0]}, fsdp={sizes[1]}: they must divide these and multiply to the "
-            f"number of slices, here {slices} (by {attribute}). Set dcn_data=-1 to "
-            "infer it."
+            f"number of slices, here {slices} (by {attribute}). Set dcn_data=-1 "
+            "and dcn_fsdp=1 to infer it."
         )
     return mesh_utils.create_hybrid_device_mesh(
         inside,
@@ -77,6 +85,11 @@ def device_grid(sizes, dcn_data: int, dcn_fsdp: int, devices) -> np.ndarray:
         process_is_granule=attribute == "process_index",
         allow_split_physical_axes=True,
     )
+
+
+def ways(axis: str, rules: Mapping, sizes: Mapping) -> int:
+    """Into how many parts a logical axis is split on a mesh of these sizes."""
+    return math.prod(sizes.get(mesh_axis, 1) for mesh_axis in rules.get(axis, ()))
 
 
 def spec(
@@ -187,14 +200,8 @@ def local_rows(where: NamedSharding, size: int) -> np.ndarray:
     return np.unique([i for part in parts for i in range(*part)])
 
 
-def to_device(batch, where: NamedSharding, size: int | None = None):
-    """Host batch (the `local_rows` of `size`) -> global arrays split over the batch.
-
-    Args:
-      size: of the global batch; None = `batch` is all of it.
-    """
-    if size is None:
-        size = len(jax.tree.leaves(batch)[0])
+def to_device(batch, where: NamedSharding, size: int):
+    """Host batch (the `local_rows` of `size`) -> global arrays split over the batch."""
     rows = local_rows(where, size)
 
     def put(x):

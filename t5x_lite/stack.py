@@ -39,6 +39,8 @@ class Context(NamedTuple):
     memory_BSD: jax.Array | None = None
     memory_visible_BTS: jax.Array | None = None
     causal: bool = False  # which of T5's buckets
+    seen: str = "mask"  # "all", "causal": what visible_BTS is promised to be
+    memory_seen: str = "mask"
     index: jax.Array | None = None  # where a cached decoder writes; None = no cache
 
 
@@ -103,14 +105,17 @@ class Block(nnx.Module):
             bias = ctx.bias_1NTS
             if hasattr(self, "relative"):
                 bias = relative_bias(self.relative, ctx)
-            return self.attention(h_BTD, kv, ctx.visible_BTS, bias, keys[0], ctx.grid)
+            return self.attention(
+                h_BTD, kv, ctx.visible_BTS, bias, keys[0], ctx.grid, ctx.seen
+            )
 
         def cross(h_BTD):
             if cache is None:
                 kv = self.cross.keys_values(ctx.memory_BSD)
             else:
                 kv = (cache.cross_keys, cache.cross_values)
-            return self.cross(h_BTD, kv, ctx.memory_visible_BTS, None, keys[2])
+            seen_BTS, how = ctx.memory_visible_BTS, ctx.memory_seen
+            return self.cross(h_BTD, kv, seen_BTS, None, keys[2], seen=how)
 
         x_BTD = sublayer(x_BTD, self.attention_norm, attend, keys[1])
         if self.has_cross and ctx.memory_visible_BTS is not None:
@@ -120,12 +125,18 @@ class Block(nnx.Module):
         return constrain(x_BTD, "batch", "length", "residual"), cache
 
 
+def _dots_and_flash(primitive, *avals, **parameters):
+    """Products, and cuDNN's output and softmax statistics for its backward pass."""
+    if primitive.name == "dot_product_attention_fwd_wrapper":
+        return True
+    return jax.checkpoint_policies.dots_saveable(primitive, *avals, **parameters)
+
+
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention"),
+        _dots_and_flash, jax.checkpoint_policies.save_only_these_names("attention")
     ),
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from t5x_lite import losses
+from t5x_lite import losses, optim
 from t5x_lite import state as state_lib
 from t5x_lite.config import Config
 from t5x_lite.model import Outputs, bind, build, trained_stream
@@ -114,6 +114,8 @@ def make_train_step(
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return sums, grads
 
+    rate = optim.schedule(cfg)
+
     def train_step(state, batch):
         batch = dict(batch)
         fingerprint = jnp.sum(batch.pop("fingerprint"), dtype=jnp.uint32)
@@ -137,6 +139,7 @@ def make_train_step(
         metrics = {
             "sums": sums,
             "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(rate(state["step"]), jnp.float32),
             "fingerprint": fingerprint,
         }
         return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics

@@ -5,8 +5,12 @@
         --config.steps=10 --config.optim.learning_rate=0.003
 
 The workdir gets checkpoints/, metrics.jsonl, tensorboard/, config.json, summary.txt and
-loss.png. SIGTERM and Ctrl-C save and exit; after kill -9 the same command goes on from
-the last checkpoint with the very losses an uninterrupted run would have had.
+loss.png. SIGTERM and Ctrl-C save and exit with 143 and 130; after kill -9 the same
+command goes on from the last checkpoint with the very losses an uninterrupted run would
+have had.
+
+Several processes, one command for each, make one run: see launch/ and
+t5x_lite/distributed.py.
 """
 
 import time
@@ -28,6 +32,7 @@ from t5x_lite import (  # noqa: E402
     checkpoint,
     cli,
     config,
+    distributed,
     evaluate,
     metrics,
     progress,
@@ -38,6 +43,7 @@ from t5x_lite import (  # noqa: E402
     step,
 )
 from t5x_lite.data import pipeline  # noqa: E402
+from t5x_lite.watchdog import Watchdog  # noqa: E402
 
 
 def main(argv: list[str] | None = None):
@@ -46,23 +52,49 @@ def main(argv: list[str] | None = None):
 
 
 def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
-    """Trains until `cfg.steps`; returns the last line of held-out metrics."""
+    """Trains until `cfg.steps`; returns the last line of held-out metrics.
+
+    Raises:
+      SystemExit: with 128 + its number after a signal has stopped the run and its
+        checkpoint is saved: what starts runs again takes 0 for the end.
+    """
     # ---- start-up -----------------------------------------------------------------
     timings = {"import": time.perf_counter() - _STARTED}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(only_process(workdir))
-        stop = stack.enter_context(StopSignal())
+
+    def same() -> dict:
+        return distributed.identity(config=config.to_json(cfg))
+
+    with (
+        contextlib.ExitStack() as stack,
+        StopSignal() as stop,
+        distributed.join(same, cfg.peers_timeout) as peers,
+        contextlib.ExitStack() as together,
+    ):
+        if peers.lead:
+            stack.enter_context(only_process(workdir))
+        peers.check_shared(workdir)
+        run.prepare_jax(cfg)
+        peers.show()
+        if peers.count > 1:
+            timings["peers"] = time.perf_counter() - _STARTED - timings["import"]
 
         with timed(timings, "store"):
             setup = run.Setup.of(cfg)
         cfg, say = setup.cfg, setup.say
+        heldout_store = setup.heldout_batches.store.fingerprint
+        peers.check_same(setup.data_identity() | {"heldout": heldout_store})
         say(setup.headline())
         stack.enter_context(sharding.use(setup.mesh, cfg.sharding.rules))
         checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
         stack.callback(checkpoints.close)
+        # All see a loss that is not finite; the last save ends before they stop for it.
+        together.push(
+            lambda kind, *_: kind is FloatingPointError and checkpoints.wait()
+        )
 
         with timed(timings, "init or restore"):
-            restored = checkpoints.choose(cfg.checkpoint.restore_step)
+            asked = cfg.checkpoint.restore_step
+            restored = peers.from_lead("restore", lambda: checkpoints.choose(asked))
             if restored is None:
                 train_state = setup.create_state()
             else:
@@ -71,7 +103,8 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
                 train_state = checkpoints.restore(restored, setup.abstract_state)
             jax.block_until_ready(train_state)
         first = restored or 0
-        unigram = setup.unigram_loss()
+        with timed(timings, "baseline"):
+            unigram = setup.unigram_loss()
         if first >= cfg.steps:
             rows = metrics.read(workdir / "metrics.jsonl")
             last = next((m for m in rows[::-1] if checkpoint.METRIC in m), {})
@@ -83,17 +116,17 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             return last
         if restored is not None:
             say(f"resuming after step {restored} of {cfg.steps}")
-            if later := checkpoints.set_aside_after(restored):
-                aside = workdir / "abandoned"
-                shutil.copy(workdir / "metrics.jsonl", aside / f"{later[-1]}.jsonl")
-                say(f"moved the later checkpoints {later} to {aside}")
-        check_space(workdir, state.size_bytes(setup.abstract_state))
-        write_files(setup, workdir)
+            go_on_from(restored, checkpoints, workdir, peers)
+        if peers.lead:
+            check_space(workdir, state.size_bytes(setup.abstract_state))
+            write_files(setup, workdir)
 
         with timed(timings, "compile"):
             batch = setup.to_device(setup.train_batches[first])
             train_step = jax.jit(
-                step.make_train_step(setup.model, setup.tx, cfg, setup.vocab.size),
+                step.make_train_step(
+                    setup.model, setup.tx, cfg, setup.vocab.size, setup.abstract_state
+                ),
                 donate_argnums=0,
                 out_shardings=(state.shardings(setup.abstract_state), None),
             )
@@ -101,10 +134,12 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             eval_step = jax.jit(step.make_eval_step(setup.model, cfg, setup.vocab.size))
 
         # ---- loop -----------------------------------------------------------------
-        writer = metrics.Writer(workdir, first)
+        writer = metrics.Writer(workdir, first, active=peers.lead)
         stack.callback(writer.close)
-        log = progress.StepLog(cfg, setup, writer, first)
+        log = progress.StepLog(cfg, setup, writer, first, workdir, timings)
         stack.callback(log.bar.close)
+        profiler = progress.Profiler(cfg, log, workdir)
+        stack.callback(profiler.close)
 
         def evaluate_now(at: int) -> dict:
             found = evaluate.heldout(setup, eval_step, train_state["params"])
@@ -116,58 +151,71 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             )
             return found
 
-        last_eval, now = {}, first
-        rows = metrics.read(workdir / "metrics.jsonl")
-        if first and first % cfg.eval_every == 0 and checkpoint.METRIC not in rows[-1]:
+        def evaluation_is_due() -> bool:
             # A signal had stopped the run right before this evaluation.
+            if not first or first % cfg.eval_every:
+                return False
+            rows = metrics.read(writer.path)
+            return not any(r["step"] == first and checkpoint.METRIC in r for r in rows)
+
+        last_eval, now, stopped = {}, first, 0
+        if peers.from_lead("evaluation", evaluation_is_due):
             last_eval = evaluate_now(first)
+        agree = distributed.Agreement(setup.mesh)
+        watchdog = Watchdog(cfg.slow_step, workdir / f"stacks-{peers.rank}.txt")
+        stack.callback(watchdog.close)
         stop.waits = True
         data = pipeline.iterate(
             setup.train_batches, first, cfg.steps, prefetch=cfg.data.prefetch
         )
-        for done, batch in data:
+        placed = ((done, setup.to_device(batch)) for done, batch in data)
+        for done, batch in log.waiting(placed):
+            watchdog.step(done)
+            profiler.before(done)
             began = time.perf_counter()
-            batch = setup.to_device(batch)
-            train_state, step_metrics = train_step(train_state, batch)
+            with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
+                train_state, step_metrics = train_step(train_state, batch)
             now = done + 1
             log.add(now, step_metrics)
             if now == first + 1:
                 log.drain()
                 timings["first step"] = time.perf_counter() - began
-                took = ", ".join(f"{k} {v:.2f} s" for k, v in timings.items())
-                log.say(f"start-up: {took}")
-            ends = now == cfg.steps or stop.signal is not None
-            evaluates = now % cfg.eval_every == 0 and stop.signal is None
+                log.started()
+            stopped = agree(stop.signal)
+            ends = now == cfg.steps or stopped > 0
+            evaluates = now % cfg.eval_every == 0 and not stopped
             evaluates = evaluates or now == cfg.steps
             saves = now % cfg.checkpoint.every == 0 or ends
             if not (evaluates or saves):
                 continue
+            watchdog.rest()
             log.drain()
             heldout = None
             if evaluates:
                 last_eval = evaluate_now(now)
                 heldout = last_eval[checkpoint.METRIC]
             if saves:
-                writer.flush()
-                meta = checkpoint.make_meta(cfg, now, setup.data_identity())
-                checkpoints.save(now, train_state, meta, heldout)
+                with log.saving():
+                    writer.flush()
+                    meta = checkpoint.make_meta(cfg, now, setup.data_identity())
+                    checkpoints.save(now, train_state, meta, heldout)
             log.restart_clock()
             if ends:
                 break
+        profiler.close()
         data.close()
         checkpoints.wait()
         log.bar.close()
-        if now < cfg.steps:
-            say(f"{stop.signal}: saved step {now}; the same command goes on from there")
+        if now == cfg.steps:
+            finish(setup, train_state, workdir, last_eval, unigram)
             return last_eval
-        finish(setup, train_state, workdir, last_eval, unigram)
-        return last_eval
+        name = signal.Signals(stopped).name
+        say(f"{name}: saved step {now}; the same command goes on from there")
+    sys.exit(128 + stopped)
 
 
 def write_files(setup: run.Setup, workdir: pathlib.Path):
     """config.json and summary.txt."""
-    if not setup.lead:
-        return
     about = {
         "config": config.to_json(setup.cfg),
         "data": setup.data_identity(),
@@ -183,6 +231,22 @@ def write_files(setup: run.Setup, workdir: pathlib.Path):
     )
 
 
+def go_on_from(
+    step: int,
+    checkpoints: checkpoint.Checkpoints,
+    workdir: pathlib.Path,
+    peers: distributed.Peers,
+):
+    """Sets what came after `step` aside, with a word about it."""
+    later = peers.from_lead("aside", lambda: checkpoints.set_aside_after(step))
+    if later and peers.lead:
+        aside = workdir / "abandoned"
+        shutil.copy(workdir / "metrics.jsonl", aside / f"{later[-1]}.jsonl")
+        print(f"moved the later checkpoints {later} to {aside}", flush=True)
+    elif later:
+        checkpoints.reload()
+
+
 def replace(path: pathlib.Path, text: str):
     """Writes a file in one stroke."""
     temporary = path.with_name(path.name + ".tmp")
@@ -191,13 +255,14 @@ def replace(path: pathlib.Path, text: str):
 
 
 def finish(setup: run.Setup, train_state, workdir: pathlib.Path, last: dict, unigram):
-    """Pictures, samples and the closing lines of a finished run."""
-    if not setup.lead:
-        return
-    rows = metrics.read(workdir / "metrics.jsonl")
-    report.plot_loss(rows, workdir / "loss.png", unigram)
-    if jax.process_count() == 1:  # other processes' shards are not at hand here
-        evaluate.print_samples(setup, train_state["params"])
+    """Pictures, samples and the closing lines of a finished run; all call it."""
+    with evaluate.on_lead(setup, train_state["params"]) as params:
+        if not setup.lead:
+            return
+        rows = metrics.read(workdir / "metrics.jsonl")
+        report.plot_loss(rows, workdir / "loss.png", unigram)
+        if params is not None:
+            evaluate.print_samples(setup, params)
     loss = last.get(checkpoint.METRIC)
     print(f"checkpoint     {workdir / 'checkpoints'}")
     print(f"loss curve     {workdir / 'loss.png'}")
@@ -211,7 +276,7 @@ def only_process(workdir: pathlib.Path):
     """Creates the workdir and holds its lock; kill -9 releases it too."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / "lock").open("w")
+        lock = (workdir / "lock").open("a")
     except OSError as e:
         raise OSError(
             f"--workdir={workdir} cannot be written ({e.strerror or e}). "
@@ -236,13 +301,13 @@ def timed(timings: dict, name: str):
 
 
 class StopSignal:
-    """Within: SIGTERM and SIGINT only set `signal`, once `waits` is True.
+    """Within: SIGTERM and SIGINT only set `signal` (from 0), once `waits` is True.
 
     Before that there is nothing to save and they end the process; so does a second
     SIGINT.
     """
 
-    signal: str | None = None
+    signal = 0
     waits = False
 
     def __enter__(self):
@@ -257,9 +322,9 @@ class StopSignal:
             sys.exit(128 + number)
         if not self.waits:
             raise KeyboardInterrupt
-        if self.signal is not None and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self.signal = number
 
     def __exit__(self, *_):
         for number, handler in self._old.items():

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from t5x_lite.model_config import ModelConfig
 
 
 class Cells(NamedTuple):
@@ -66,3 +69,22 @@ def visible_to_streams(
     own &= (groups[:, :, None] > 0) & (segments[:, None, T:] > 0)
     own &= segments[:, :, None] == segments[:, None, T:]
     return jnp.concatenate([seen, own], axis=2)
+
+
+def check_unpadded(cfg: ModelConfig, batch: dict) -> None:
+    """Refuses a host batch whose masks are not all or causal, as was promised.
+
+    Raises:
+      ValueError: naming config.model.unpadded and the stream.
+    """
+    for name, stream in batch.items():
+        if not isinstance(stream, dict):
+            continue
+        causal = name == "decoder" or cfg.structure == "decoder"
+        ranks_T = np.arange(stream["ranks"].shape[1]) if causal else 0
+        if (stream["segments"] != 1).any() or (stream["ranks"] != ranks_T).any():
+            raise ValueError(
+                f"config.model.unpadded=True, but the stream {name!r} of a batch has "
+                f"padding, several segments, or ranks that are not "
+                f"{'0, 1, 2, ...' if causal else '0'}. Set it to False."
+            )

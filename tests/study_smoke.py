@@ -43,7 +43,10 @@ SYSTEMS = {
     "XLNet": ("xlnet", []),
     "ERNIE-GEN": ("ernie_gen", []),
     "prefix LM": ("prefix_lm", []),
+    "LM adaptation": ("t5_lm_adapt", []),
 }
+for _name in ("iid_denoising", "drop_tokens", "deshuffling"):
+    SYSTEMS[f"T5, {_name}"] = ("t5_table2", [f"--config.objective.name={_name}"])
 BESIDE = ("heldout_classes_", "heldout_replaced_", "heldout_entities_")
 SPANS = ("encoder_decoder", "prefix_lm", "decoder", "encoder", "permuted")
 for _structure in SPANS:

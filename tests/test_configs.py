@@ -224,7 +224,7 @@ def test_eight_devices_compute_what_one_does(name, small):
 
     with sharding.use(mesh, rules):
         rows = sharding.batch_sharding(mesh, rules, setup.cfg.data.batch_size)
-        split = sharding.to_device(batch, rows)
+        split = sharding.to_device(batch, rows, setup.cfg.data.batch_size)
         got, _, grads = sums_and_grads(
             setup, split, place=lambda tree: jax.tree.map_with_path(place, tree)
         )

@@ -90,7 +90,34 @@ def test_adafactor_of_stacked_layers_is_optax_on_each_matrix():
             np.testing.assert_allclose(leaf(updates, i), want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_lamb_of_stacked_layers_is_optax_on_each_layer():
+    tx, params, grads = setup(
+        name="lamb", weight_decay=0.01, decay_rules=((".*", 1.0),), eps=1e-6
+    )
+    reference = optax.lamb(0.1, 0.9, 0.999, 1e-6, weight_decay=0.01)
+
+    def layers(tree):
+        """Each layer's arrays as leaves of their own."""
+
+        def split(path, leaf):
+            stacked = any(k.key == "blocks" for k in path)
+            return {str(i): x for i, x in enumerate(leaf)} if stacked else leaf
+
+        return jax.tree.map_with_path(split, tree)
+
+    state, expected_state = tx.init(params), reference.init(layers(params))
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        expected, expected_state = reference.update(
+            layers(grads), expected_state, layers(params)
+        )
+    for a, b in zip(
+        jax.tree.leaves(layers(updates)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lamb"])
 def test_a_zero_rate_freezes_without_state_or_share_in_the_norm(name):
     rules = (("embedding|output/kernel", 0.0), (".*", 1.0))
     tx, params, grads = setup(name=name, lr_rules=rules, clip_norm=1.0)

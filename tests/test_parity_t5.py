@@ -10,7 +10,7 @@ import pytest
 from t5x_lite import model as model_lib
 from t5x_lite import parameters, positions
 from t5x_lite.interop import t5
-from t5x_lite.model_config import ATTENTION, REMAT, ModelConfig
+from t5x_lite.model_config import REMAT, ModelConfig
 from tests import parity
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -42,8 +42,8 @@ def test_logits_are_the_reference(name, scan):
 @pytest.mark.parametrize(
     "name, scan, remat, attention",
     [("t5_1_1", scan, remat, "einsum") for scan in (True, False) for remat in REMAT]
-    + [("t5_1_1", True, "dots", other) for other in ATTENTION if other != "einsum"]
-    + [("t5", True, "dots", "einsum"), ("t5", False, "none", ATTENTION[-1])],
+    + [("t5_1_1", True, "dots", "rows")]
+    + [("t5", True, "dots", "einsum"), ("t5", False, "none", "rows")],
 )
 def test_gradients_are_the_reference(name, scan, remat, attention):
     cfg, weights, arrays = golden(name)

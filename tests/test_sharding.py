@@ -24,12 +24,13 @@ def test_minus_one_takes_the_rest():
     assert mesh(data=2, sequence=-1).shape["sequence"] == 4
 
 
-def devices_of(slices: int, each: int, processes: int = 1):
+def devices_of(slices: int, each: int, processes: int = 1, platform="tpu"):
     """Stand-ins for the devices of a machine of several slices."""
     return [
         types.SimpleNamespace(
             id=i, slice_index=i // each, process_index=i * processes // (slices * each),
-            platform="cpu", device_kind="made up",
+            platform=platform, device_kind="made up", coords=(i % each, 0, 0),
+            core_on_chip=0,
         )
         for i in range(slices * each)
     ]  # fmt: skip
@@ -37,7 +38,7 @@ def devices_of(slices: int, each: int, processes: int = 1):
 
 @pytest.mark.parametrize("dcn", [(-1, 1), (2, 1), (1, 2)])
 def test_slices_are_outermost_along_their_axis(dcn):
-    grid = sharding.device_grid([2, 4, 1, 1], *dcn, devices_of(2, 4))
+    grid = sharding.device_grid([2, 4, 1, 1], dcn[0], dcn[1], devices_of(2, 4))
     slices = np.vectorize(lambda d: d.slice_index)(grid)[:, :, 0, 0]
     axis = 0 if dcn[1] == 1 else 1
     assert (slices == np.indices((2, 4))[axis] // (1 if axis == 0 else 2)).all()
@@ -46,11 +47,20 @@ def test_slices_are_outermost_along_their_axis(dcn):
 @pytest.mark.parametrize("dcn", [(4, 1), (1, 4), (1, 1), (-1, 8)])
 def test_a_split_over_slices_that_are_not_there_is_refused(dcn):
     with pytest.raises(ValueError, match="number of slices, here 2"):
-        sharding.device_grid([2, 4, 1, 1], *dcn, devices_of(2, 4))
+        sharding.device_grid([2, 4, 1, 1], dcn[0], dcn[1], devices_of(2, 4))
+
+
+def test_hosts_of_gpus_are_one_machine_unless_asked():
+    """Each host has a slice_index of its own there."""
+    hosts = devices_of(2, 4, platform="cuda")
+    assert sharding.device_grid([1, 8, 1, 1], -1, 1, hosts).shape == (1, 8, 1, 1)
+    grid = sharding.device_grid([2, 4, 1, 1], 2, 1, hosts)
+    assert [d.slice_index for d in grid[:, 0, 0, 0]] == [0, 1]
 
 
 def test_without_slices_processes_are_the_granules():
-    grid = sharding.device_grid([4, 2, 1, 1], 2, 1, devices_of(1, 8, processes=2))
+    alone = devices_of(1, 8, processes=2, platform="cpu")
+    grid = sharding.device_grid([4, 2, 1, 1], 2, 1, alone)
     near = np.vectorize(lambda d: d.process_index)(grid)[:, :, 0, 0]
     assert (near == np.indices((4, 2))[0] // 2).all()
 
@@ -129,7 +139,7 @@ def train(cfg, devices, steps=3, params=None):
             out_shardings=(state.shardings(abstract), None),
         )
         for i in range(steps):
-            batch = sharding.to_device(random_batch(i), rows)
+            batch = sharding.to_device(random_batch(i), rows, cfg.data.batch_size)
             now, metrics = train_step(now, batch)
             losses.append(
                 float(metrics["sums"]["tokens"].nll / metrics["sums"]["tokens"].weight)

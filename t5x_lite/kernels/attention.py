@@ -1,12 +1,17 @@
-"""Attention of queries over keys and values: the reference, and one row at a time.
+"""Attention of queries over keys and values: the reference, one row at a time, cuDNN's.
 
 Shapes: q_BTNH, k_BSNH, v_BSNH; visible_BTS bool; bias float32 [1 or B, N, T, S] or None
 (`rows`: 1 only); keep_BN1S is the dropout mask of the weights, already divided by the
 rate that is kept, or None.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from t5x_lite.model_config import ModelConfig
 
 
 def einsum(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias, keep_BN1S, of_weights=None):
@@ -88,4 +93,94 @@ def _backward(inputs, do_BTNH):
 
 rows.defvjp(_forward, _backward)
 
-KERNELS = {"einsum": einsum, "rows": rows}
+
+def cudnn(
+    q_BTNH,
+    k_BSNH,
+    v_BSNH,
+    visible_BTS,
+    bias,
+    keep_BN1S,
+    *,
+    pattern: str = "mask",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
+):
+    """`einsum` through cuDNN's flash attention: [B, N, T, S] stays on the chip.
+
+    Weights that are dropped for all queries at once are values that are dropped. The
+    bias is rounded to q's dtype, and a mask enters as one: each costs an array of its
+    own shape, so [B, 1, T, S] for the mask alone and [B, N, T, S] with a bias.
+
+    Args:
+      pattern: "mask" reads `visible_BTS`. "all" and "causal" are promises that every
+        query sees every key, or those up to its own index: no mask is read, and the
+        part that nobody sees is not computed.
+      implementation: "xla" computes the same on anything, for tests.
+    """
+    if keep_BN1S is not None:
+        v_BSNH = v_BSNH * jnp.moveaxis(keep_BN1S, 3, 1)[..., 0][..., None]
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSNH,
+        v_BSNH,
+        None if bias is None else bias.astype(q_BTNH.dtype),
+        visible_BTS[:, None] if pattern == "mask" else None,
+        scale=1.0,
+        is_causal=pattern == "causal",
+        implementation=implementation,
+    )
+
+
+KERNELS = {"einsum": einsum, "rows": rows, "cudnn": cudnn}
+
+
+def check(cfg: ModelConfig, mesh: Mesh, lengths=()):
+    """Refuses a kernel that cannot compute this model here, before any compile.
+
+    Args:
+      lengths: of all streams, in cells; cuDNN is tried out on them.
+
+    Raises:
+      ValueError: naming config.model.attention, the reasons and the way out.
+    """
+    reasons = []
+    device = mesh.devices.flat[0]
+    if cfg.attention == "rows" and mesh.size > 1:
+        reasons.append(f"it runs on one device, here are {mesh.size}")
+    if cfg.attention == "cudnn":
+        if device.platform not in ("gpu", "cuda"):
+            reasons.append(f"it needs NVIDIA GPUs, here is {device.device_kind!r}")
+        if cfg.dtype != "bfloat16":
+            reasons.append(f"config.model.dtype={cfg.dtype!r} must be 'bfloat16'")
+        if mesh.shape.get("sequence", 1) > 1:
+            reasons.append(
+                "no stream can be split: config.sharding.sequence must be 1, here "
+                f"{mesh.shape['sequence']}"
+            )
+        if not reasons and (refused := _tried(cfg, lengths or (128,))):
+            reasons.append(refused)
+    if reasons:
+        raise ValueError(
+            f"config.model.attention={cfg.attention!r} cannot be had: "
+            f"{'; '.join(reasons)}. Change that, or set config.model.attention="
+            "'einsum', which computes everything everywhere."
+        )
+
+
+def _tried(cfg: ModelConfig, lengths) -> str | None:
+    """What cuDNN has against a forward and backward pass over these lengths."""
+
+    def total(q, k, v, visible, bias):
+        return jnp.sum(cudnn(q, k, v, visible, bias, None).astype(jnp.float32))
+
+    dtype, (N, H) = jnp.dtype(cfg.dtype), (cfg.heads, cfg.head_dim)
+    for T in lengths:
+        cells = jax.ShapeDtypeStruct((1, T, N, H), dtype)
+        visible = jax.ShapeDtypeStruct((1, T, T), jnp.bool_)
+        bias = jax.ShapeDtypeStruct((1, N, T, T), jnp.float32)
+        both = jax.jit(jax.grad(total, (0, 1, 2, 4)))
+        try:
+            both.lower(cells, cells, cells, visible, bias).compile()
+        except (RuntimeError, NotImplementedError, ValueError) as e:
+            return f"with {T} cells, {N} heads of {H}: {str(e).strip().splitlines()[0]}"
+    return None
