@@ -28,7 +28,9 @@ Gradients shrink as 1/m, so Adam's epsilon does. Weight decay times rate stays.
 Depth (`base_layers`), for norms before the sublayer: each sublayer's output is
 multiplied by (base_layers / L)^1/2, and so are the rates of its parameters (Yang et al.
 2023, Tensor Programs VI, for Adam; the branches also Bordelon et al. 2023). For
-Adafactor the same, as the parameter's RMS does not depend on depth.
+Adafactor the same, as the parameter's RMS does not depend on depth. Activations keep
+their size so, but the best rate is only proven to stay for sublayers of one weight
+matrix; for transformers that paper finds that no such rule is ideal.
 """
 
 import math

@@ -1,7 +1,6 @@
 """muP: the published table, the standard model at the base, and a coordinate check."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,40 +200,51 @@ def test_what_is_not_covered_is_an_error_that_says_so(changes, words):
         tiny_config(model=shape | changes)
 
 
-def grown(optimizer: str, rate: float, sizes: tuple[int, ...]) -> Any:
-    """A coordinate check of a small decoder: parametrisation -> activation -> sizes."""
+def test_lamb_is_refused():
+    base = dict(parametrisation="mup", base_d_model=16)
+    with pytest.raises(config.ConfigError, match="'lamb' does not go with .*'adamw'"):
+        tiny_config(model=base, optim=dict(name="lamb"))
+    tiny_config(optim=dict(name="lamb"))
+
+
+STRUCTURES = {
+    "decoder": dict(structure="decoder", scale_attention=True),
+    "encoder": BERT,
+    "encoder_decoder": dict(share_stacks=True),
+    "prefix_lm": dict(structure="prefix_lm", positions="learned", gated=True),
+    "permuted": dict(structure="permuted", positions="transformer_xl"),
+}
+# A rate that makes small steps; widths; and how the first updates of a hidden layer
+# change what it makes, as width^power, where updates don't shrink with width. Adam's
+# entries are as large as the rate, and the terms of a row's sum have one sign:
+# width * rate. Adafactor's are relative to weights of width^-1/2: width^1/2 * rate.
+# Its moments are factored from 128 rows and columns on, so all widths are.
+OPTIMIZERS = {
+    "adamw": (1e-3, (32, 64, 128, 256), 1.0),
+    "adafactor": (1e-2, (128, 256, 512, 1024), 0.5),
+}
+
+
+def powers(structure: str, optimizer: str, grow: str = "heads") -> dict:
+    """(parametrisation, activation) -> power of width with which training changes it.
+
+    Few tokens, so that what they have in common outweighs the noise already at small
+    widths.
+    """
+    rate, sizes, _ = OPTIMIZERS[optimizer]
     cfg = tiny_config(
-        model=dict(structure="decoder", heads=2, decoder_layers=2),
+        model=dict(heads=2, encoder_layers=1, decoder_layers=1) | STRUCTURES[structure],
         optim=dict(
             name=optimizer, learning_rate=rate, schedule="constant", warmup_steps=0
         ),
         loss=dict(z_loss=0.0),
     )
-    flags = coordcheck.Flags("width", sizes, steps=3, seeds=4, grow="heads")
-    batch = single(random_batch(batch=4))
-    return coordcheck.check(cfg, [batch] * 3, flags, 100)
-
-
-# Adafactor's rates are relative to weights that shrink as width^-1/2, so under the
-# standard one its activations grow half as fast: in three steps the first layer's only.
-@pytest.mark.parametrize(
-    "optimizer, rate, sizes, growing, least",
-    [
-        ("adamw", 0.01, (32, 96, 256), ("1", "2"), 0.3),
-        ("adafactor", 0.1, (32, 256), ("1",), 0.15),
-    ],
-)
-def test_activations_are_flat_under_mup_and_grow_under_the_standard(
-    optimizer, rate, sizes, growing, least
-):
-    found = grown(optimizer, rate, sizes)
-    inner = [n for n in found["mup"] if not n.startswith(("input", "logits"))]
-
-    def power(way: str, name: str) -> float:
-        return coordcheck.exponent(sizes, found[way][name].change[:, -1])
-
-    for name in inner:
-        assert -0.2 < power("mup", name) < 0.1, name
-        if name.endswith(growing):
-            assert power("standard", name) > least, name
-    assert power("mup", "logits 1") < 0.1
+    flags = coordcheck.Flags(grow, sizes, steps=2, seeds=4)
+    batch = random_batch(batch=2, S=4, T=4)
+    batch = batch if structure == "encoder_decoder" else single(batch)
+    found = coordcheck.check(cfg, [batch] * 2, flags, 100)
+    return {
+        (way, name): coordcheck.exponent(sizes, of[name].change)
+        for way, of in found.items()
+        for name in of
+    }

@@ -129,6 +129,34 @@ def test_t5_efficient_cards_agree_to_a_thousandth(name):
     assert found == pytest.approx(CARDS[name], rel=1.2e-3)
 
 
+# (num_layers, num_decoder_layers, d_ff, d_model, d_kv, num_heads) of the config.json
+# that Google released under each name.
+RELEASED = {
+    "tiny": (4, 4, 1024, 256, 64, 4),
+    "tiny-nl2": (2, 2, 1024, 256, 64, 4),
+    "mini-nl12": (12, 12, 1536, 384, 64, 8),
+    "small-kv32": (6, 6, 2048, 512, 32, 8),
+    "small-kv128": (6, 6, 2048, 512, 128, 8),
+    "small-el32": (32, 6, 2048, 512, 64, 8),
+    "small-dm768": (6, 6, 2048, 768, 64, 8),
+    "small-dm1000": (6, 6, 2048, 1024, 64, 8),
+    "small-ff6000": (6, 6, 6144, 512, 64, 8),
+    "base-ff1000": (12, 12, 1024, 768, 64, 12),
+    "base-ff2000": (12, 12, 2048, 768, 64, 12),
+    "base-kv16": (12, 12, 3072, 768, 16, 12),
+    "base-nh24": (12, 12, 3072, 768, 64, 24),
+    "base-nl40": (40, 40, 3072, 768, 64, 12),
+    "large-nl8": (8, 8, 4096, 1024, 64, 16),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_t5_efficient_names_are_the_released_shapes(name):
+    keys = "encoder_layers decoder_layers d_ff d_model head_dim heads".split()
+    found = ladders.t5_efficient(f"google/t5-efficient-{name}")
+    assert tuple(found[f"model.{key}"] for key in keys) == RELEASED[name]
+
+
 def test_t5_efficient_knobs_each_set_one_number():
     found = ladders.t5_efficient("t5-efficient-small-el16-dl4-dm256-ff512-kv32-nh4")
     shape = {k.removeprefix("model."): v for k, v in found.items()}
@@ -214,6 +242,21 @@ def test_a_bad_cell_is_named(base):
     with pytest.raises(ValueError, match="cell 'far'"):
         far = {"far": {"objective": {"name": "span_corruption", "density": 7.0}}}
         [grid.cost(c) for c in grid.cells(small_study(base, axes={}, cells=far))]
+
+
+def test_what_comes_after_the_training_is_checked_before_it(base):
+    typo = {"tuned": grid.Adaptation({"optim.learning_rates": 1e-3})}
+    pairs = {"other": {"objective": {"name": "mass"}}}
+    for changes, text in (
+        (dict(adaptations=typo), r"l1, adaptation tuned[\s\S]*did you mean"),
+        (dict(evaluations=pairs), "l1, evaluation other"),
+        (dict(score="other_loss"), "score='other_loss'"),
+        (dict(score="los"), "score='los'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            grid.check(grid.cells(small_study(base, **changes)))
+    fine = small_study(base, evaluations={"same": {}}, score="same_classes_loss")
+    grid.check(grid.cells(fine))
 
 
 def test_500_cells_are_planned_without_tracing_or_device(base, tmp_path, monkeypatch):
@@ -302,13 +345,16 @@ def test_a_stopped_cell_ends_the_study_and_is_no_result(base, tmp_path, monkeypa
     cells = grid.cells(small_study(base))
     whole = train.train
 
-    def stopped(cfg, workdir):
+    def stopped(cfg, workdir):  # as SIGTERM does it
         whole(dataclasses.replace(cfg, steps=2, eval_every=4), workdir)
+        raise SystemExit(143)
 
     monkeypatch.setattr(train, "train", stopped)
-    left = runner.run_all(tmp_path, cells, cells)
-    assert len(left) == 1 and "l1, seed 0: stopped before step 4" in left[0]
-    assert (tmp_path / "results.jsonl").read_text() == ""
+    with pytest.raises(SystemExit, match="143"):
+        runner.run_all(tmp_path, cells, cells)
+    where = runner.directory(tmp_path, cells[0]) / "train"
+    assert runner.saved_steps(cells[0].config, where) == [2]
+    assert all(runner.result(tmp_path, cell) is None for cell in cells)
 
 
 def test_evaluations_and_adaptations_start_from_the_cells_parameters(base, tmp_path):

@@ -1,15 +1,15 @@
 """Do activations keep their size when a model grows? A check of its parametrisation.
 
     python -m t5x_lite.study coordcheck --config=configs/gpt2.py:study
-    python -m t5x_lite.study coordcheck --config=configs/gpt2.py:study --axis=depth \\
+    python -m t5x_lite.study coordcheck --config=configs/gpt2.py:study --grow=depth \\
         --sizes=2,4,8,16 --config.optim.name=adafactor --config.optim.learning_rate=0.1
 
 Trains the config's model at several widths (or depths) for a few steps, under the
 standard parametrisation and under muP, and compares the mean |x| of each activation
 (Yang et al. 2022, appendix D.1). What grows with width learns too fast there: its rate
-will not carry over. Under muP only attention scores and logits change with width, and
-only at the start, where they shrink. Draws coordcheck.png (mean |x|) and change.png
-(mean |x - x at the start|), writes coordcheck.json and prints both as a table.
+will not carry over. Under muP only attention scores and logits depend on width, and
+only at the start, where they shrink. Prints a table; draws coordcheck.png and writes
+coordcheck.json.
 
 The rate is the config's peak, constant; dropout is off. The base is the config's own if
 it is a muP config, else the smallest size.
@@ -17,6 +17,7 @@ it is a muP config, else the smallest size.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -25,44 +26,51 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from t5x_lite import cli, config, embeddings, layers, optim, parameters, run, stack
 from t5x_lite.kernels import attention
 from t5x_lite.model import bind, build
-from t5x_lite.model_config import ModelConfig, base_config, problems, with_base
+from t5x_lite.model_config import ModelConfig, base_config, with_base
 from t5x_lite.step import make_train_step
+from t5x_lite.studies import costs, page
 
-PARAMETRISATIONS = ("standard", "mup")
+PARAMETRISATIONS = {"standard": "standard", "mup": "muP"}  # and what figures call them
+GROW = ("heads", "head_dim", "depth")
 # What is looked at, in the order of drawing, and the class whose output it is.
 OUTPUTS = {
     "input": embeddings.Inputs,
+    "scores": None,
     "attention": layers.Attention,
     "feed-forward": layers.FeedForward,
     "block": stack.Block,
+    "logits": None,
     "classes": embeddings.Classes,
+    "replaced": None,
 }
-KINDS = ("input", "scores", "attention", "feed-forward", "block", "logits", "classes",
-         "replaced")  # fmt: skip
+KINDS = tuple(OUTPUTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    axis: str  # width or depth
+    grow: str  # the width by the number of heads or by their size, or the depth
     sizes: tuple[int, ...]
     steps: int
     seeds: int
-    grow: str  # heads or head_dim
+
+    @property
+    def unit(self) -> str:
+        return "layers" if self.grow == "depth" else "d_model"
 
 
 class Sizes(NamedTuple):
-    """Means over all numbers of an activation, and over seeds.
+    """[sizes]: mean |x| before and after training, and mean |x - x before|."""
 
-    value, change: [sizes, 1 + steps] of |x| and |x - x before training|.
-    """
-
-    value: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
     change: np.ndarray
 
 
@@ -70,39 +78,34 @@ def main(argv: list[str] | None = None):
     raw, given = cli.parse_config(
         __doc__,
         argv,
-        output=("runs/coordcheck", "directory of the pictures and the table"),
-        axis=("width", "what grows: width or depth"),
+        output=("runs/coordcheck", "directory of the picture and the table"),
+        grow=("heads", "width by heads or head_dim, or depth"),
         sizes=("", "widths or depths; empty = 32,64,128,256 or 2,4,8,16"),
         steps=("4", "training steps"),
         seeds=("3", "runs of each model, averaged"),
-        grow=("heads", "what makes attention wider: heads or head_dim"),
     )
     flags = parse(given)
-    cfg = config.freeze(raw)
-    pictures = pathlib.Path(given.output)
-    pictures.mkdir(parents=True, exist_ok=True)
-    setup = run.Setup.of(dataclasses.replace(cfg, model=base_config(cfg.model)))
-    # The ids and entities that the setup counted belong to the muP model too.
-    counted = {
-        name: getattr(setup.cfg.model, name) for name in ("vocab_size", "entities")
-    }
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **counted))
+    setup = run.Setup.of(config.freeze(raw))
+    cfg, output = setup.cfg, pathlib.Path(given.output)
+    output.mkdir(parents=True, exist_ok=True)
     batches = [setup.train_batches.whole(i) for i in range(flags.steps)]
     found = check(cfg, batches, flags, setup.vocab.size, say=print)
     print(table(found, flags))
-    heading = f"{cfg.model.structure}, {cfg.optim.name}, means of {flags.seeds} seeds"
-    draw(found, flags, "value", heading, pictures / "coordcheck.png")
-    draw(found, flags, "change", heading, pictures / "change.png")
+    figure = draw(found, flags)
+    figure.suptitle(f"{cfg.model.structure}, {cfg.optim.name}, {flags.seeds} seeds")
     means = {
         way: {
-            name: {k: mean.tolist() for k, mean in each._asdict().items()}
-            for name, each in of.items()
+            name: {which: x.tolist() for which, x in sizes._asdict().items()}
+            for name, sizes in of.items()
         }
         for way, of in found.items()
     }
-    report = dataclasses.asdict(flags) | dict(config=config.to_json(cfg), means=means)
-    (pictures / "coordcheck.json").write_text(json.dumps(report, indent=1))
-    print(f"wrote coordcheck.png, change.png and coordcheck.json to {pictures}")
+    told = dataclasses.asdict(flags) | dict(config=config.to_json(cfg), means=means)
+    written = {".json": json.dumps(told, indent=1).encode(), ".png": page.png(figure)}
+    for suffix, content in written.items():
+        temporary = output / f"coordcheck{suffix}.part"
+        temporary.write_bytes(content)
+        print(f"wrote {temporary.replace(output / f'coordcheck{suffix}')}")
 
 
 def parse(given) -> Flags:
@@ -111,30 +114,21 @@ def parse(given) -> Flags:
     Raises:
       ValueError: naming the flag, its value and what is allowed.
     """
-    for name, allowed in (
-        ("axis", ("width", "depth")),
-        ("grow", ("heads", "head_dim")),
-    ):
-        if getattr(given, name) not in allowed:
-            raise ValueError(
-                f"--{name}={getattr(given, name)!r}: allowed are "
-                f"{' and '.join(allowed)}."
-            )
-    usual = "32,64,128,256" if given.axis == "width" else "2,4,8,16"
+    if given.grow not in GROW:
+        raise ValueError(f"--grow={given.grow}: allowed are {', '.join(GROW)}.")
+    usual = "2,4,8,16" if given.grow == "depth" else "32,64,128,256"
     try:
-        sizes = tuple(int(size) for size in (given.sizes or usual).split(","))
+        sizes = {int(size) for size in (given.sizes or usual).split(",")}
         steps, seeds = int(given.steps), int(given.seeds)
-    except ValueError as e:
+        fine = min(*sizes, steps, seeds) >= 1 and len(sizes) > 1
+    except ValueError:
+        fine = False
+    if not fine:
         raise ValueError(
-            f"--sizes={given.sizes} --steps={given.steps} --seeds={given.seeds}: write "
-            "whole numbers, sizes with commas between them."
-        ) from e
-    if min(*sizes, steps, seeds) < 1 or len(set(sizes)) < 2:
-        raise ValueError(
-            f"--sizes={given.sizes} --steps={steps} --seeds={seeds}: each must be at "
-            "least 1, and there must be two sizes or more."
+            f"--sizes={given.sizes} --steps={given.steps} --seeds={given.seeds}: whole "
+            "numbers from 1 are needed, and two sizes or more, as in --sizes=32,64."
         )
-    return Flags(given.axis, tuple(sorted(set(sizes))), steps, seeds, given.grow)
+    return Flags(given.grow, tuple(sorted(sizes)), steps, seeds)
 
 
 def check(
@@ -146,136 +140,116 @@ def check(
       batches: one for each step, as `data.pipeline.Batches` makes them.
       used_ids: vocabulary size.
       say: told about each model, or None.
+
+    Raises:
+      ValueError: the config cannot have such a size, or muP does not cover it.
     """
+    # All are checked before the first is trained.
+    ways = {
+        way: [at_size(cfg, way, size, flags) for size in flags.sizes]
+        for way in PARAMETRISATIONS
+    }
     found = {}
-    for way in PARAMETRISATIONS:
+    for way, configs in ways.items():
         rows = []
-        for size in flags.sizes:
+        for size, at in zip(flags.sizes, configs, strict=True):
             if say:
-                say(f"{way}, {flags.axis} {size}: {flags.seeds} x {flags.steps} steps")
-            model = parametrised(cfg.model, way, size, flags)
-            rows.append(measure(still(cfg, model), batches, flags, used_ids))
-        # Deeper models have more activations of a kind; the last ones compare.
-        if flags.axis == "depth":
-            rows = [
-                {name.split(" ")[0]: of for name, of in row.items()} for row in rows
-            ]
+                say(f"{way}, {flags.unit} {size}: {flags.seeds} x {flags.steps} steps")
+            row = measure(at, batches, flags.seeds, used_ids)
+            if flags.grow == "depth":  # of each kind the last one can be compared
+                row = {name.split()[0]: means for name, means in row.items()}
+            rows.append(row)
         found[way] = {
-            name: Sizes(*np.stack([row[name] for row in rows], axis=1))
-            for name in rows[0]
+            name: Sizes(*np.array([row[name] for row in rows]).T) for name in rows[0]
         }
     return found
 
 
-def still(cfg: config.Config, model: ModelConfig) -> config.Config:
-    """A config with this model, a constant rate and nothing random after the init."""
-    o = cfg.optim
-    peak = o.learning_rate
-    if o.schedule == "rsqrt":
-        peak *= max(o.warmup_steps, 1) ** -0.5
-    model = dataclasses.replace(
-        model,
-        dropout=0.0,
-        scan=False,
-        remat="none",
-        attention="einsum",
-        dtype="float32",
-    )
-    o = dataclasses.replace(
-        o, learning_rate=peak, schedule="constant", warmup_steps=0, offload=False
-    )
-    return dataclasses.replace(cfg, model=model, optim=o)
-
-
-def parametrised(m: ModelConfig, way: str, size: int, flags: Flags) -> ModelConfig:
-    """The model at a size, under a parametrisation whose base is the config's own, or
-    the smallest size.
+def at_size(cfg: config.Config, way: str, size: int, flags: Flags) -> config.Config:
+    """The config at a size, under a parametrisation whose base is the config's own, or
+    the smallest size; with a constant rate and nothing random after the init.
 
     Raises:
       ValueError: the shape cannot have that size, or muP does not cover it.
     """
-    plain = dataclasses.replace(m, parametrisation="standard")
-    own_base = m.parametrisation == "mup"
-    at = resized(plain, size, flags)
-    if way == "standard":
-        return at
-    base = base_config(m) if own_base else resized(plain, flags.sizes[0], flags)
-    if not own_base:
-        deep = flags.sizes[0] if flags.axis == "depth" else 0
-        at = dataclasses.replace(at, base_layers=deep)
-    at = with_base(at, base)
-    if wrong := list(problems(at)):
-        raise ValueError("\n  - ".join([f"at {flags.axis} {size}:", *wrong]))
-    return at
+    m = cfg.model
+    shape = resized(dataclasses.replace(m, parametrisation="standard"), size, flags)
+    if way == "mup" and m.parametrisation == "mup":
+        shape = with_base(shape, base_config(m))
+    elif way == "mup":
+        least = flags.sizes[0]
+        deep = least if flags.grow == "depth" else 0
+        shape = dataclasses.replace(shape, base_layers=deep)
+        shape = with_base(shape, resized(m, least, flags))
+    peak = cfg.optim.learning_rate
+    if cfg.optim.schedule == "rsqrt":
+        peak *= max(cfg.optim.warmup_steps, 1) ** -0.5
+    plain = dict(scan=False, remat="none", attention="einsum", dtype="float32")
+    optimizer = dict(
+        learning_rate=peak, schedule="constant", warmup_steps=0, offload=False
+    )
+    return costs.resolved(
+        cfg,
+        {"model": dataclasses.asdict(shape) | plain | dict(dropout=0.0)}
+        | {f"optim.{key}": value for key, value in optimizer.items()},
+    )
 
 
 def resized(m: ModelConfig, size: int, flags: Flags) -> ModelConfig:
     """The same proportions at another width, or another depth."""
-    if flags.axis == "depth":
+    if flags.grow == "depth":
         return dataclasses.replace(m, encoder_layers=size, decoder_layers=size)
-    grown = ("d_model", "d_ff", flags.grow)
-    for name in grown:
-        if getattr(m, name) * size % m.d_model:
+    grown = {name: getattr(m, name) * size for name in ("d_model", "d_ff", flags.grow)}
+    for name, product in grown.items():
+        if product % m.d_model:
             raise ValueError(
                 f"--sizes: at d_model={size}, config.model.{name}={getattr(m, name)} "
                 f"(at d_model={m.d_model}) is no whole number. Choose other sizes, or "
-                "--grow=heads or head_dim."
+                "another --grow."
             )
-    return dataclasses.replace(
-        m, **{name: getattr(m, name) * size // m.d_model for name in grown}
-    )
+    return dataclasses.replace(m, **{k: v // m.d_model for k, v in grown.items()})
 
 
 def measure(
-    cfg: config.Config, batches: list, flags: Flags, used_ids: int
-) -> dict[str, np.ndarray]:
-    """Activation -> [2, 1 + steps], means over seeds of |x| and |x - x at the start|.
-
-    All on the first batch. The whole is one compiled program, all seeds at once.
-    """
+    cfg: config.Config, batches: list, seeds: int, used_ids: int
+) -> dict[str, tuple[float, float, float]]:
+    """Activation of the first batch -> a row of `Sizes`. All seeds run at once."""
     net = build(cfg.model)
     tx = optim.make(cfg, net)
     train_step = make_train_step(net, tx, cfg, used_ids)
     watched = {k: v for k, v in batches[0].items() if k != "fingerprint"}
 
-    def trained(key, batches):
-        params = parameters.init_params(net, key)
+    def trained(params, batches):
         state = {"params": params, "opt": tx.init(params), "step": jnp.int32(0)}
-        shapes = jax.eval_shape(lambda: activations(net, params, watched))
-        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        state, _ = jax.lax.scan(train_step, state, batches)
+        return state["params"]
 
-        def step(carry, batch):
-            state, start = carry
-            now = activations(net, state["params"], watched)
-            first = state["step"] == 0
-            start = jax.tree.map(lambda a, b: jnp.where(first, a, b), now, start)
-            means = {
-                name: jnp.stack(
-                    [jnp.mean(jnp.abs(x)), jnp.mean(jnp.abs(x - start[name]))]
-                )
-                for name, x in now.items()
-            }
-            return (train_step(state, batch)[0], start), means
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds) + cfg.seed)
+    params = jax.jit(jax.vmap(functools.partial(parameters.init_params, net)))(keys)
+    look = jax.jit(jax.vmap(functools.partial(activations, net, batch=watched)))
+    before = look(params)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    after = look(jax.jit(jax.vmap(trained, in_axes=(0, None)))(params, stacked))
 
-        return jax.lax.scan(step, (state, start), batches)[1]
-
-    keys = jax.vmap(jax.random.key)(jnp.arange(flags.seeds) + cfg.seed)
-    # One more than is trained on: each is looked at before.
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches, batches[-1])
-    found = jax.jit(jax.vmap(trained, in_axes=(0, None)))(keys, stacked)
+    def size(x) -> float:
+        return float(np.abs(x).mean())
 
     def place(name: str) -> tuple[int, int]:
-        kind, _, number = name.partition(" ")
+        kind, number = name.split()
         return KINDS.index(kind), int(number)
 
     return {
-        name: np.asarray(found[name]).mean(axis=0).T
-        for name in sorted(found, key=place)
+        name: (
+            size(before[name]),
+            size(after[name]),
+            size(np.asarray(after[name]) - before[name]),
+        )
+        for name in sorted(before, key=place)
     }
 
 
 def activations(net, params: dict, batch: dict) -> dict[str, jax.Array]:
-    """Activation -> its numbers, in the order of computation.
+    """Activation -> its numbers, float32.
 
     The names count up: 'block 3' is the third block of the whole model.
     """
@@ -293,15 +267,17 @@ def activations(net, params: dict, batch: dict) -> dict[str, jax.Array]:
 
         return wrapper
 
-    def scores(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias=None, *rest):
+    def scores(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias=None, *rest, **more):
         scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH)
         note("scores", scores_BNTS if bias is None else scores_BNTS + bias)
-        return attention.einsum(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias, *rest)
+        return einsum(q_BTNH, k_BSNH, v_BSNH, visible_BTS, bias, *rest, **more)
 
+    einsum = attention.KERNELS["einsum"]
     with contextlib.ExitStack() as patches:
         for kind, cls in OUTPUTS.items():
-            wrapper = watched(kind, cls.__call__)
-            patches.enter_context(mock.patch.object(cls, "__call__", wrapper))
+            if cls:
+                wrapper = watched(kind, cls.__call__)
+                patches.enter_context(mock.patch.object(cls, "__call__", wrapper))
         patches.enter_context(mock.patch.dict(attention.KERNELS, einsum=scores))
         bound: Any = bind(net, params)
         out = bound.outputs(batch)
@@ -322,79 +298,61 @@ def exponent(sizes, means) -> float:
 
 def table(found: dict[str, dict[str, Sizes]], flags: Flags) -> str:
     """Sizes after the last step, and how each grows: as size to which power?"""
-    unit = "d_model" if flags.axis == "width" else "layers"
     lines = []
     for way, of in found.items():
         wide = max(map(len, of))
         heads = "".join(f"{size:>9}" for size in flags.sizes)
         lines += [
             "",
-            f"{way}: mean |x| after {flags.steps} steps at {unit} = ..., and a in "
-            f"{unit}^a, of |x| at the start, |x| at the end and the change",
+            f"{PARAMETRISATIONS[way]}: mean |x| after {flags.steps} steps at "
+            f"{flags.unit} = ..., and a in {flags.unit}^a",
+            "of |x| at the start, |x| at the end and the change between them",
             f"{'':{wide}}{heads}{'start':>11}{'end':>8}{'change':>8}",
         ]
-        for name, s in of.items():
-            means = "".join(f"{x:9.3g}" for x in s.value[:, -1])
-            powers = (s.value[:, 0], s.value[:, -1], s.change[:, -1])
-            start, end, change = (exponent(flags.sizes, p) for p in powers)
+        for name, each in of.items():
+            means = "".join(f"{x:9.3g}" for x in each.end)
+            start, end, change = (exponent(flags.sizes, x) for x in each)
             lines.append(f"{name:{wide}}{means}{start:+11.2f}{end:+8.2f}{change:+8.2f}")
     return "\n".join(lines)
 
 
-def draw(found, flags: Flags, which: str, heading: str, path: pathlib.Path):
-    """One row of panels a parametrisation, one column a step.
-
-    Args:
-      which: field of `Sizes`.
-    """
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.lines import Line2D
-
-    first = 0 if which == "value" else 1
-    measure = "mean |x|" if which == "value" else "mean |x - x at the start|"
-    panels = min(5, flags.steps + 1 - first)
-    steps = sorted({round(s) for s in np.linspace(first, flags.steps, panels)})
-    ways = list(found)
-    colours = dict(zip(KINDS, plt.get_cmap("tab10").colors, strict=False))
-    figure, axes = plt.subplots(
-        len(ways),
-        len(steps),
-        figsize=(2.6 * len(steps) + 2.2, 2.9 * len(ways) + 0.6),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    grid = itertools.product(enumerate(ways), enumerate(steps))
-    for (row, way), (column, step) in grid:
-        ax, of = axes[row, column], found[way]
-        for name, s in of.items():
-            kind = name.split(" ")[0]
-            alike = [n for n in of if n.split(" ")[0] == kind]
+def draw(found: dict[str, dict[str, Sizes]], flags: Flags) -> Figure:
+    """A column of panels a parametrisation, a row each field of `Sizes`."""
+    told = {
+        "start": "mean |x| at the start",
+        "end": f"mean |x| after {flags.steps} steps",
+        "change": "mean |x - x at the start|",
+    }
+    figure = Figure(figsize=(8.6, 9.4), layout="constrained")
+    axes = figure.subplots(3, len(found), sharex=True, sharey="row", squeeze=False)
+    colours = dict(zip(KINDS, colormaps["tab10"].colors, strict=False))
+    for (row, which), (column, way) in itertools.product(
+        enumerate(told), enumerate(found)
+    ):
+        ax = axes[row, column]
+        for name, each in found[way].items():
+            kind = name.split()[0]
+            alike = [n for n in found[way] if n.split()[0] == kind]
             shade = 0.35 + 0.65 * (alike.index(name) + 1) / len(alike)
-            means = getattr(s, which)[:, step]
-            ax.plot(flags.sizes, means, "o-", color=colours[kind], alpha=shade,
-                    markersize=3, linewidth=1.2)  # fmt: skip
+            means = getattr(each, which)
+            ax.plot(flags.sizes, means, "o-", color=colours[kind], alpha=shade, ms=3)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks(flags.sizes, [str(size) for size in flags.sizes])
         ax.minorticks_off()
-        ax.grid(True, alpha=0.3)
-        if row == 0:
-            ax.set_title("at the start" if step == 0 else f"after step {step}")
-        if column == 0:
-            ax.set_ylabel(f"{'muP' if way == 'mup' else way}\n{measure}")
-        if row == len(ways) - 1:
-            ax.set_xlabel("d_model" if flags.axis == "width" else "layers")
-    kinds = {name.split(" ")[0] for of in found.values() for name in of}
+        ax.grid(alpha=0.3)
+    for ax, way in zip(axes[0], found, strict=True):
+        ax.set_title(PARAMETRISATIONS[way])
+    for ax, label in zip(axes[:, 0], told.values(), strict=True):
+        ax.set_ylabel(label)
+    for ax in axes[-1]:
+        ax.set_xlabel(flags.unit)
+    there = {name.split()[0] for of in found.values() for name in of}
     handles = [
-        Line2D([], [], color=colours[kind], marker="o", markersize=3, label=kind)
+        Line2D([], [], color=colours[kind], marker="o", ms=3, label=kind)
         for kind in KINDS
-        if kind in kinds
+        if kind in there
     ]
     figure.legend(handles=handles, loc="outside right upper", frameon=False,
                   title="darker: later")  # fmt: skip
-    figure.suptitle(heading)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure

@@ -6,10 +6,8 @@ import functools
 import json
 from typing import Any
 
-import numpy as np
-
 from t5x_lite import config as config_lib
-from t5x_lite import metrics, vocab
+from t5x_lite import dry, metrics, vocab
 from t5x_lite import model as model_lib
 from t5x_lite import run as run_lib
 from t5x_lite.config import Config
@@ -73,22 +71,6 @@ def _split(shape: model_lib.ModelConfig) -> dict[str, int]:
     return metrics.split_parameters(model_lib.build(shape))
 
 
-class _BlankText:
-    """A store of one word, in documents of 4,096 tokens."""
-
-    n_tokens = 2**24
-
-    def __init__(self, word: int):
-        self._word = word
-
-    def windows(self, starts_B: np.ndarray, length: int) -> np.ndarray:
-        return np.full((len(starts_B), length), self._word, np.int32)
-
-    def places_of(self, token: int) -> np.ndarray:
-        del token
-        return np.arange(4095, self.n_tokens, 4096)
-
-
 def stream_shapes(cfg: Config, words: vocab.Vocab) -> dict[str, tuple[int, int, int]]:
     """Stream name -> (T cells, K predicted cells, G query streams) of a batch."""
     objective = json.dumps(config_lib.to_json(cfg.objective), sort_keys=True)
@@ -105,7 +87,7 @@ def stream_shapes(cfg: Config, words: vocab.Vocab) -> dict[str, tuple[int, int, 
 @functools.lru_cache(maxsize=1024)
 def _stream_shapes(words, objective, structure, inputs_length, memory, train_inputs):
     knobs = json.loads(objective)
-    blank: Any = _BlankText(int(words.ordinary[0]))
+    blank: Any = dry.StandInStore(int(words.ordinary[0]))
     return pipeline.Batches(
         blank,
         words,

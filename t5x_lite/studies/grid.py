@@ -189,6 +189,36 @@ def load(path: str) -> Study:
     return made
 
 
+# The numbers of a held-out evaluation, see `evaluate.heldout`.
+_SCORE = re.compile(
+    r"((classes|replaced|entities)_)?(loss|accuracy)|perplexity|z_loss|unigram_loss"
+)
+
+
+def check(cells: list[Cell]):
+    """Refuses what would only fail once a cell is trained.
+
+    Raises:
+      ValueError: naming the cell and its evaluation or adaptation that does not fit,
+        or a score that nothing makes.
+    """
+    for cell in {cell.name: cell for cell in cells}.values():
+        cost(cell)
+        adaptation_flops(cell)
+        for name, overrides in cell.study.evaluations.items():
+            with _named(cell.study, f"{cell.name}, evaluation {name}"):
+                costs.of(costs.resolved(cell.config, dict(overrides)))
+    for study in {id(cell.study): cell.study for cell in cells}.values():
+        names = [*study.evaluations, *study.adaptations]
+        of = next((n for n in names if study.score.startswith(f"{n}_")), "")
+        if not _SCORE.fullmatch(study.score.removeprefix(f"{of}_" if of else "")):
+            allowed = ["loss", "accuracy", *(f"{n}_loss" for n in names)]
+            raise ValueError(
+                f"Study.score={study.score!r} of study {study.name!r} is no score. "
+                f"Allowed: {', '.join(allowed)} and the like."
+            )
+
+
 def cost(cell: Cell) -> costs.Cost:
     """What the cell's own run costs, adaptations not counted."""
     with _named(cell.study, cell.name):

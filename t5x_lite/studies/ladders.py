@@ -183,7 +183,7 @@ def in_steps(base: Config, steps: int) -> Overrides:
         "steps": steps,
         "eval_every": steps,
         "checkpoint.every": steps,
-        "optim.warmup_steps": min(max(1, warmup), max(1, steps - 1)),
+        "optim.warmup_steps": min(max(1, warmup), steps - 1),
     }
 
 
@@ -232,7 +232,7 @@ def short(number: float) -> str:
 
 # T5-Efficient's sizes (Tay et al. 2021, table 2): layers of either stack, ff, dm, kv,
 # nh. Its cards print kv=32 for the first three; the parameters that they state, and
-# those of the checkpoints, are those of kv=64.
+# the released config.json files, are those of kv=64.
 EFFICIENT = {
     "tiny": (4, 1024, 256, 64, 4),
     "mini": (4, 1536, 384, 64, 8),
@@ -258,7 +258,8 @@ def t5_efficient(name: str) -> Overrides:
 
     'google/t5-efficient-small-el16-dl4' -> overrides. The knobs: nl layers of both
     stacks, el of the encoder, dl of the decoder, ff d_ff, dm d_model, kv head_dim, nh
-    heads. Each replaces one number of the size, no other follows.
+    heads. Each replaces one number of the size, no other follows. As in the released
+    models a whole thousand means 1024: ff6000 is a d_ff of 6144.
 
     Raises:
       ValueError: an unknown size or knob, a knob given twice.
@@ -295,7 +296,9 @@ def t5_efficient(name: str) -> Overrides:
                 "again. Give each once (nl stands for el and dl)."
             )
         given |= set(keys)
-        found |= dict.fromkeys(keys, int(match[2]))
+        thousands, rest = divmod(int(match[2]), 1000)
+        number = 1024 * thousands if not rest else int(match[2])
+        found |= dict.fromkeys(keys, number)
     return found
 
 

@@ -8,7 +8,6 @@ finished cells have reached, start-up included, else over 2e10 for each CPU core
 """
 
 import json
-import os
 import pathlib
 
 from t5x_lite import cli
@@ -67,7 +66,7 @@ def make(study: grid.Study, cells: list[grid.Cell], root, speed: float | None) -
     finished = [row for row in done if row is not None]
     source = "given"
     if speed is None:
-        speed, source = PER_CORE * (os.cpu_count() or 1), "a guess for these CPU cores"
+        speed, source = PER_CORE * runner.cores(), "a guess for these CPU cores"
         seconds = sum(row["wall_seconds"] for row in finished)
         if seconds:
             spent = sum(all_flops(row) for row in finished)

@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int | None:
     cells = grid.cells(study)
     root = pathlib.Path(flags.root or default_root(study))
     wanted = choose(cells, flags)
+    grid.check(wanted)
     todo = [cell for cell in wanted if runner.result(root, cell) is None]
     print(f"{study.name}: {len(wanted)} cells, {len(todo)} to do; {root}", flush=True)
     if flags.launcher == "watch":

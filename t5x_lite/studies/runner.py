@@ -37,10 +37,6 @@ from t5x_lite.studies.progress import Progress
 CURVE = 200  # most points of a noted loss curve
 
 
-class Stopped(Exception):
-    """A signal ended a run early; the same command goes on from its checkpoint."""
-
-
 def directory(root, cell: grid.Cell) -> pathlib.Path:
     """Where a cell's runs and result are."""
     return pathlib.Path(root) / "cells" / cell.key
@@ -74,6 +70,9 @@ def run_all(root, cells: list[grid.Cell], wanted: list[grid.Cell]) -> list[str]:
 
     Returns:
       One line for each wanted cell that is not finished at the end.
+
+    Raises:
+      SystemExit: after SIGTERM or Ctrl-C, as `train.train`.
     """
     left = []
     began, spent = time.perf_counter(), 0.0
@@ -86,9 +85,12 @@ def run_all(root, cells: list[grid.Cell], wanted: list[grid.Cell]) -> list[str]:
             try:
                 with log_to(where / "log.txt"):
                     row = run_cell(cell, where)
-            except Stopped as stopped:
-                left.append(f"{cell.name}, seed {cell.seed}: {stopped}")
-                break
+            except SystemExit:
+                progress.say(
+                    f"stopped: {cell.name}, seed {cell.seed}; its checkpoint is saved, "
+                    "the same command goes on"
+                )
+                raise
             except Exception as error:
                 # An ill-fated cell may not end a night's study; the others go on.
                 text = f"{cell.name}, seed {cell.seed}: {cli.message_of(error)}"
@@ -116,8 +118,6 @@ def log_to(path: pathlib.Path):
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
                 yield
-            except Stopped:
-                raise
             except Exception:
                 file.write(traceback.format_exc())
                 raise
@@ -161,13 +161,19 @@ class Clock:
 
 def trained(cfg: Config, workdir: pathlib.Path) -> dict:
     """The last held-out metrics of a run, which is trained or resumed if needed."""
-    last = last_heldout(workdir)
-    if last.get("step", 0) < cfg.steps or not (workdir / "checkpoints").exists():
+    if cfg.steps not in saved_steps(cfg, workdir):
         train.train(cfg, workdir)
-        last = last_heldout(workdir)
-    if last.get("step", 0) < cfg.steps:
-        raise Stopped(f"stopped before step {cfg.steps}; the same command goes on")
-    return last
+    return last_heldout(workdir)
+
+
+def saved_steps(cfg: Config, workdir: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints of a run."""
+    if not (workdir / "checkpoints").exists():
+        return []
+    with contextlib.closing(
+        checkpoint.Checkpoints(workdir, cfg.checkpoint, reader=True)
+    ) as there:
+        return there.steps()
 
 
 def last_heldout(workdir: pathlib.Path) -> dict:
@@ -193,7 +199,7 @@ def evaluated(cfg: Config, workdir: pathlib.Path) -> dict[str, float]:
     setup = run_lib.Setup.of(cfg)
     checkpoint.check_vocab(meta, setup.vocab)
     with sharding.use(setup.mesh, setup.cfg.sharding.rules):
-        params = carried(params, setup.create_state()["params"], "")
+        params = carried(params, setup.abstract_state["params"])
         words = setup.vocab.size
         eval_step = jax.jit(step.make_eval_step(setup.model, setup.cfg, words))
         return own_scores(evaluate.heldout(setup, eval_step, params))
@@ -204,28 +210,33 @@ def adapted(
 ) -> dict[str, float]:
     """Held-out scores after a run that starts from the parameters of WHERE/train."""
     cfg, workdir = costs.resolved(cfg, dict(adaptation.overrides)), where / name
-    if not (workdir / "checkpoints").exists():
+    if not saved_steps(cfg, workdir):
         _, _, params, _, meta = checkpoint.load_run(where / "train")
         setup = run_lib.Setup.of(cfg)
         checkpoint.check_vocab(meta, setup.vocab)
         with sharding.use(setup.mesh, setup.cfg.sharding.rules):
             state = setup.create_state()
             state["params"] = carried(params, state["params"], adaptation.anew)
-            first = checkpoint.Checkpoints(workdir, setup.cfg.checkpoint)
             meta = checkpoint.make_meta(setup.cfg, 0, setup.data_identity())
-            first.save(0, state, meta, math.inf)  # the best of nothing
-            first.wait()
-            first.close()
+            with contextlib.closing(
+                checkpoint.Checkpoints(workdir, setup.cfg.checkpoint)
+            ) as first:
+                first.save(0, state, meta, math.inf)  # the best of nothing
+                first.wait()
     return own_scores(trained(cfg, workdir))
 
 
-def carried(old: dict, fresh: dict, anew: str) -> dict:
+def carried(old: dict, fresh: dict, anew: str = "") -> dict:
     """`fresh` with the parameters of `old` that have the same name and shape.
 
     Of ELECTRA the discriminator's stack is taken.
 
+    Args:
+      fresh: arrays, or their abstract shapes, if every one must be in `old`.
+      anew: regex of names that stay as in `fresh`.
+
     Raises:
-      ValueError: not even the embedding fits.
+      ValueError: not even the embedding fits, or one that must.
     """
     given = {}
     for path, leaf in jax.tree.leaves_with_path(old):
@@ -236,15 +247,17 @@ def carried(old: dict, fresh: dict, anew: str) -> dict:
 
     def take(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        fits = name in given and given[name].shape == leaf.shape
-        if not fits or (anew and re.fullmatch(anew, name)):
-            if name == "embedding":
-                raise ValueError(
-                    "an evaluation or adaptation has another embedding than the "
-                    f"cell: {leaf.shape}. Keep d_model and the vocabulary."
-                )
+        if anew and re.fullmatch(anew, name):
             return leaf
-        return jax.device_put(given[name], leaf.sharding)
+        if name in given and given[name].shape == leaf.shape:
+            return jax.device_put(given[name], leaf.sharding)
+        if name == "embedding" or isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                "the model of an evaluation or adaptation does not fit the cell's: "
+                f"{name} {leaf.shape}. Keep the vocabulary and the shape; only an "
+                "adaptation may add parameters."
+            )
+        return leaf
 
     return jax.tree.map_with_path(take, fresh)
 
@@ -300,5 +313,12 @@ def hardware(devices: list[str]) -> str:
     """'2 x NVIDIA H200', '2 cores, x86_64'"""
     kinds = sorted(set(devices))
     if kinds == ["cpu"]:
-        return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        return f"{cores()} CPU core{'s' * (cores() > 1)}, {platform.machine()}"
     return ", ".join(f"{devices.count(kind)} x {kind}" for kind in kinds)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

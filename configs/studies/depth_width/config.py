@@ -2,16 +2,18 @@
 
     python -m t5x_lite.study run --config=configs/studies/depth_width/config.py
 
-Every cell has 98,304 parameters beside embeddings and spends 6e11 FLOPs: d_ff makes the
+Every cell has 98,304 parameters beside embeddings and spends 4e11 FLOPs: d_ff makes the
 parameters equal to within 1 %, the number of steps the compute. A decoder predicts the
 next byte, an encoder-decoder (as deep on either side) corrupted spans, so losses
-compare within a structure. Does "grow depth first" (Tay et al. 2021) show here?
+compare within a structure. Narrow and wide ones need not want the same learning rate,
+so each shape has two and the lower loss counts. Does "grow depth first" (Tay et al.
+2021) show here?
 
 Hardware, hours, result: not yet run."""
 
 from t5x_lite.studies import costs, grid, ladders
 
-PARAMETERS, BUDGET = 98_304, 6e11
+PARAMETERS, BUDGET = 98_304, 4e11
 WIDTHS = {1: 96, 2: 64, 4: 48, 8: 32}  # by depth, decoder: d_ff is 3 to 4 times that
 STRUCTURES = {
     "decoder": {"objective": {"name": "causal_lm"}, "model.structure": "decoder"},
@@ -25,14 +27,14 @@ WIDTHS_OF_TWO = {1: 64, 2: 40, 4: 32, 8: 24}
 BASE = {
     "data.vocab": "bytes",
     "data.inputs_length": 128,
-    "data.batch_size": 16,
-    "eval_batches": 24,
+    "data.batch_size": 4,
+    "eval_batches": 96,
     "model.max_positions": 128,
     "model.positions": "bias",
     "model.head_dim": 8,
     "model.d_ff": 4 * 128,
-    "optim.learning_rate": 3e-3,
 }
+RATES = {"r2e3": {"optim.learning_rate": 2e-3}, "r4e3": {"optim.learning_rate": 4e-3}}
 
 
 def equal(base, width: int, depth: int) -> dict:
@@ -62,5 +64,6 @@ def get_study():
         config="configs/gpt2.py:study",
         base=BASE,
         cells=cells,
+        axes={"rate": RATES},
         seeds=(0, 1, 2),
     )

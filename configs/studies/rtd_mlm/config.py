@@ -2,33 +2,39 @@
 
     python -m t5x_lite.study run --config=configs/studies/rtd_mlm/config.py
 
-The same encoder (2 layers of width 64) is trained as ELECTRA's discriminator, its
-generator half as wide, or as a masked LM, with the same compute, generator included
-(Clark et al. 2020, figure 2 right). A discriminator has no loss over the vocabulary, so
-both are fine-tuned in the same way: the order of two pieces of a text (`order`: 200
-steps; chance is a loss of 0.693), and 60 steps of a masked LM whose output layer is new
-for both (`words`), which is closer to what the masked LM has learned.
+The same encoder (2 layers of width 64, on bytes) is trained as ELECTRA's discriminator,
+its generator half as wide, or as a masked LM, with the same compute, generator included
+(Clark et al. 2020, figure 2 right); `none` is trained on next to nothing and shows what
+the fine-tuning alone reaches. A discriminator has no loss over the vocabulary, so all
+are fine-tuned in the same way: whether the second half of a text belongs to the first
+(`pairs`: 300 steps of BERT's next-sentence prediction, chance is a loss of 0.693), and
+100 steps of a masked LM whose output layer is new for all (`words`), which is closer to
+what the masked LM has learned. Relative positions and norms before the sublayers: with
+BERT's own, models of this size take longer than this to read any context.
 
 Hardware, hours, result: not yet run."""
 
 from t5x_lite.studies import grid, ladders
 
-BUDGET = 1.5e12
+BUDGET = 1e12
 MLM = {"name": "masked_lm", "mask": 0.85, "random": 0.0}
 CELLS = {
     "rtd": {"objective": MLM, "model.generator_width": 0.5},
     "mlm": {"objective": MLM, "model.generator_width": 0.0},
 }
 BASE = {
-    "data.vocab": "data/vocab_4k.model",
+    "data.vocab": "bytes",
     "data.inputs_length": 128,
-    "data.batch_size": 16,
-    "eval_batches": 16,
+    "data.batch_size": 8,
+    "eval_batches": 48,
     "model.d_embed": 0,
     "model.d_model": 64,
     "model.d_ff": 256,
     "model.heads": 4,
     "model.head_dim": 16,
+    "model.positions": "bias",
+    "model.norm_order": "pre",
+    "optim.learning_rate": 2e-3,
 }
 HEAD = "output/.*"
 
@@ -39,6 +45,7 @@ def tuned(steps: int, **more) -> dict:
         "steps": steps,
         "eval_every": steps,
         "checkpoint.every": steps,
+        "optim.learning_rate": 1e-3,
         "optim.warmup_steps": steps // 10,
     } | more
 
@@ -48,8 +55,9 @@ def get_study():
     for name, overrides in CELLS.items():
         common = ladders.base("configs/electra.py:study", BASE | overrides)
         cells[name] = ladders.at_flops(common, BUDGET, overrides)
-    order = tuned(200, objective=MLM | {"sentence": "sop"})
-    order["model.classes"] = 2
+    cells["none"] = CELLS["mlm"] | ladders.in_steps(common, 1)
+    pairs = tuned(300, objective=MLM | {"sentence": "nsp"})
+    pairs["model.classes"] = 2
     return grid.Study(
         name="rtd_mlm",
         config="configs/electra.py:study",
@@ -57,8 +65,8 @@ def get_study():
         cells=cells,
         seeds=(0, 1, 2),
         adaptations={
-            "words": grid.Adaptation(tuned(60), anew=HEAD),
-            "order": grid.Adaptation(order, anew=HEAD),
+            "words": grid.Adaptation(tuned(100), anew=HEAD),
+            "pairs": grid.Adaptation(pairs, anew=HEAD),
         },
         score="words_loss",
     )

@@ -8,7 +8,7 @@ denoising (spans of 6 bytes, 15 %) and on language modelling. The compute of tra
 is the same for all, output layers included.
 
 What is compared is a continuation: 63 bytes are read, the next 63 predicted, the same
-text for every cell. No cell is trained on exactly that, so each goes on for 30 steps of
+text for every cell. No cell is trained on exactly that, so each goes on for 60 steps of
 it first (`continuation`, a fresh optimizer); `untuned` is its loss before that.
 `ordering` is fine-tuning on another task in the same way: the text from its bytes in
 random order.
@@ -33,8 +33,8 @@ ARCHITECTURES = {
 BASE = {
     "data.vocab": "bytes",
     "data.inputs_length": 128,
-    "data.batch_size": 16,
-    "eval_batches": 24,
+    "data.batch_size": 4,
+    "eval_batches": 96,
     "optim.learning_rate": 3e-3,
     "model.d_model": WIDTH,
     "model.d_ff": 4 * WIDTH,
@@ -42,12 +42,14 @@ BASE = {
     "model.head_dim": 16,
 }
 TUNED = {
-    "steps": 30,
-    "eval_every": 30,
-    "checkpoint.every": 30,
+    "steps": 60,
+    "eval_every": 60,
+    "checkpoint.every": 60,
+    "data.batch_size": 8,
+    "eval_batches": 48,
     "data.train_inputs": False,
     "optim.learning_rate": 1e-3,
-    "optim.warmup_steps": 3,
+    "optim.warmup_steps": 6,
 }
 CONTINUE = {
     "objective": {"name": "prefix_lm", "split": "fixed", "share": 0.5},
