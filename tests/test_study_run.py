@@ -7,12 +7,13 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from t5x_lite import config, metrics, model, parameters, study, train
+from t5x_lite import config, metrics, model, parameters, run, study, train
 from t5x_lite.studies import costs, grid, ladders, launchers, plan, records, runner
 from t5x_lite.studies import run as run_command
 
@@ -32,7 +33,7 @@ def test_every_structure_takes_the_knobs_one_by_one(structure):
     base = ladders.base(f"configs/{STRUCTURES[structure]}.py:smoke")
     assert base.model.structure == structure
     before = base.model
-    for knobs, want in (
+    cases: tuple[tuple[dict[str, Any], dict[str, int]], ...] = (
         (dict(depth=3), dict(encoder_layers=3, decoder_layers=3, heads=4)),
         (dict(encoder_depth=3), dict(encoder_layers=3, decoder_layers=2)),
         (dict(width=64), dict(d_model=64, d_ff=128, heads=8, head_dim=8)),
@@ -43,7 +44,8 @@ def test_every_structure_takes_the_knobs_one_by_one(structure):
         (dict(aspect=16, depth=3), dict(d_model=48, heads=6)),
         (dict(aspect=16, width=64), dict(encoder_layers=4, decoder_layers=4)),
         (dict(vocab_size=512), dict(vocab_size=512)),
-    ):
+    )
+    for knobs, want in cases:
         found = costs.resolved(base, ladders.shaped(base, **knobs)).model
         for name, value in want.items():
             assert getattr(found, name) == value, (knobs, name)
@@ -201,6 +203,15 @@ def base(tmp_path_factory):
     }
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs take one of the devices that the tests pretend to have: it is faster."""
+    whole = run.Setup.of
+    monkeypatch.setattr(
+        run.Setup, "of", lambda cfg, devices=None: whole(cfg, jax.devices()[:1])
+    )
+
+
 def small_study(base, **changes) -> grid.Study:
     made = grid.Study(
         name="small",
@@ -302,7 +313,8 @@ def numbers(row: dict) -> list:
     return [row["curve"], row["heldout_loss"], row["heldout"]]
 
 
-def test_a_study_runs_resumes_and_skips(base, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("one_device")
+def test_a_study_runs_resumes_and_skips(base, tmp_path, monkeypatch):
     """Losses are those of a run that nothing interrupted; what is finished stays."""
     cells = grid.cells(small_study(base))
     assert runner.run_all(tmp_path / "whole", cells, cells) == []
@@ -331,7 +343,8 @@ def test_a_study_runs_resumes_and_skips(base, tmp_path, monkeypatch, capsys):
     assert records.read_rows(tmp_path / "whole/results.jsonl")[1] == want
 
 
-def test_a_failing_cell_is_told_of_and_the_others_go_on(base, tmp_path, capsys):
+@pytest.mark.usefixtures("one_device")
+def test_a_failing_cell_is_told_of_and_the_others_go_on(base, tmp_path):
     axes = {"rate": {"bad": {"optim.learning_rate": 1e30}, "good": {}}}
     cells = grid.cells(small_study(base, axes=axes))
     left = runner.run_all(tmp_path, cells, cells)
@@ -341,6 +354,7 @@ def test_a_failing_cell_is_told_of_and_the_others_go_on(base, tmp_path, capsys):
     assert "FloatingPointError" in log.read_text()
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_stopped_cell_ends_the_study_and_is_no_result(base, tmp_path, monkeypatch):
     cells = grid.cells(small_study(base))
     whole = train.train
@@ -357,6 +371,7 @@ def test_a_stopped_cell_ends_the_study_and_is_no_result(base, tmp_path, monkeypa
     assert all(runner.result(tmp_path, cell) is None for cell in cells)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_evaluations_and_adaptations_start_from_the_cells_parameters(base, tmp_path):
     tuned = {"steps": 2, "eval_every": 2, "optim.learning_rate": 1e-9}
     made = small_study(

@@ -325,7 +325,7 @@ def draw(found: dict[str, dict[str, Sizes]], flags: Flags) -> Figure:
     }
     figure = Figure(figsize=(8.6, 9.4), layout="constrained")
     axes = figure.subplots(3, len(found), sharex=True, sharey="row", squeeze=False)
-    colours = dict(zip(KINDS, colormaps["tab10"].colors, strict=False))
+    colours = dict(zip(KINDS, colormaps["tab10"](range(10)), strict=False))
     for (row, which), (column, way) in itertools.product(
         enumerate(told), enumerate(found)
     ):

@@ -129,7 +129,8 @@ def cells(study: Study) -> list[Cell]:
                 f"study {study.name!r}, axis {axis!r}: the label {label!r} becomes a "
                 "part of a directory's name. Use letters, digits, '_', '.' and '+'."
             )
-    base = costs.resolved(config.freeze(cli.load_config(study.config)), study.base)
+    raw = config.freeze(cli.load_config(study.config))
+    base = costs.resolved(raw, dict(study.base))
     found = []
     for combination in itertools.product(*factors):
         overrides: dict[str, Any] = {}

@@ -6,7 +6,7 @@
 Widths 32 (the base, where both parametrisations are one model), 96 and 256, seven
 rates, under the standard parametrisation and muP. All cells see the same tokens.
 
-Hardware, hours, result: see README.md."""
+Hardware, hours, result: not yet run."""
 
 from t5x_lite.studies import grid
 

@@ -3,7 +3,6 @@
 python -m configs.studies.mup_transfer.figure RESULTS.jsonl
 """
 
-import collections
 import pathlib
 import statistics
 import sys
@@ -19,14 +18,15 @@ WAYS = {"standard": "standard", "mup": f"muP, base {BASE_WIDTH}"}
 
 def losses(results: str) -> dict[tuple[str, int], dict[float, list[float]]]:
     """(parametrisation, d_model) -> rate -> held-out losses, a seed each."""
-    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    found = {}
     for record in records.read(results):
         model, rate = record.config["model"], record.config["optim"]["learning_rate"]
         width = model["d_model"]
         # At the base both are the same model.
         ways = WAYS if width == BASE_WIDTH else [model["parametrisation"]]
         for way in ways:
-            found[way, width][rate].append(record.loss())
+            of = found.setdefault((way, width), {})
+            of.setdefault(rate, []).append(record.loss())
     return found
 
 

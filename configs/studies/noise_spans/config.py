@@ -14,7 +14,7 @@ Hardware, hours, result: not yet run."""
 
 from t5x_lite.studies import grid, ladders
 
-BUDGET = 3e11
+BUDGET = 5e11
 TASKS = {"iid_15": {"name": "iid_denoising", "density": 0.15, "style": "spans"}} | {
     f"spans{span}_{round(100 * density)}": {
         "name": "span_corruption",
