@@ -10,7 +10,24 @@ targets; what is compared is the continuation of a text, as in configs/studies/t
 (`continuation`). Beside it T5's baseline task without further training (`baseline`:
 15 % in spans of 12).
 
-Hardware, hours, result: not yet run."""
+Run 2026-11-21 on one of two CPU cores that did other work too, 16 minutes for 24 runs.
+Nats per byte of the continuation, mean and standard deviation of three seeds (the
+unigram predictor: 3.110):
+
+| density, spans of 12 | | 15 %, length of spans | |
+| --- | --- | --- | --- |
+| 10 % | 2.547 ± 0.008 | i.i.d. bytes | 2.863 ± 0.007 |
+| 15 % | 2.534 ± 0.015 | 8 | 2.554 ± 0.006 |
+| 25 % | 2.542 ± 0.004 | 12 | 2.534 ± 0.015 |
+| 50 % | 2.590 ± 0.003 | 20 | 2.503 ± 0.042 |
+| | | 40 | 2.483 ± 0.053 |
+
+As in the paper: 10 to 25 % are about the same, 50 % is worse (by 0.056), spans are
+better than i.i.d. (by 0.31, though a hidden byte is less than a hidden piece). Longer
+spans tend to be better for continuing a text, but noise decides between 12, 20 and 40.
+All stand near what the byte before tells (2.4 to 2.6), so this is about the begin of
+training. report.html has it all.
+"""
 
 from t5x_lite.studies import grid, ladders
 

@@ -13,7 +13,29 @@ it first (`continuation`, a fresh optimizer); `untuned` is its loss before that.
 `ordering` is fine-tuning on another task in the same way: the text from its bytes in
 random order.
 
-Hardware, hours, result: not yet run."""
+Run 2026-11-21 on one of two CPU cores that did other work too, 16 minutes for 30 runs.
+Nats per byte of the continuation, mean and standard deviation of three seeds (the
+unigram predictor: 3.110):
+
+| architecture | denoising | language model |
+| ------------ | --------- | -------------- |
+| encoder-decoder | 2.557 ± 0.004 | 2.533 ± 0.012 |
+| shared | 2.567 ± 0.016 | 2.540 ± 0.008 |
+| half as deep | 2.516 ± 0.011 | 2.424 ± 0.019 |
+| prefix-LM | 2.559 ± 0.004 | 2.471 ± 0.011 |
+| decoder | 2.558 ± 0.004 | 2.077 ± 0.017 |
+
+Which of the paper's orderings show: sharing costs little (0.010 and 0.007, within the
+noise). Which do not: denoising before language modelling (reversed in all five rows),
+encoder-decoder before prefix-LM before decoder (no difference with denoising, reversed
+with language modelling), half the depth worse (reversed: at equal compute it is trained
+on more text). Why: at 4e11 FLOPs all cells but one stand near what the byte before
+tells (2.4 to 2.6), `ordering` included (2.42 to 2.57, as the continuation: the input is
+not read yet); the decoder's language model alone, which learns from every byte it
+reads, has begun to use its context. And the measure is a language model's. So this says
+which cell learns first, not which is better when trained. A labelled task is left to
+the fine-tuning stages. report.html has it all.
+"""
 
 from t5x_lite.studies import grid, ladders
 
