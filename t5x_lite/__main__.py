@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "memory, network and time of a config on a machine that is not here",
     "inspect": "print examples of a config, and who sees whom",
     "elmo": "train a small ELMo biLM on words",
+    "study": "scaling studies: plan, run, fit, report, coordcheck",
     "vocab": "train or show a SentencePiece vocabulary",
 }
 

@@ -290,6 +290,12 @@ def _cross_checks(c: Config):
                     f"{c.model.d_entity}: allowed is {' or '.join(map(repr, allowed))}."
                 )
     yield from model_config.problems(c.model)
+    if c.model.parametrisation == "mup" and c.optim.name == "lamb":
+        yield (
+            "config.optim.name='lamb' does not go with config.model.parametrisation="
+            "'mup': its rates are known for 'adamw' and 'adafactor'. Use one of these, "
+            "or parametrisation='standard'."
+        )
     s = c.sharding
     sizes = (s.data, s.fsdp, s.tensor, s.sequence)
     if 0 in sizes or sizes.count(-1) > 1:

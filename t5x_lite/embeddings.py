@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from t5x_lite import layers, positions
+from t5x_lite import layers, mup, positions
 from t5x_lite.config import ModelConfig
 from t5x_lite.parameters import param, weight_init, zeros
 from t5x_lite.sharding import constrain
@@ -93,8 +93,8 @@ class Output(nnx.Module):
             y_BTD = layers.product("BTD,DE->BTE", y_BTD, self.transform[...])
             y_BTD += self.transform_bias[...][None, None]
             y_BTD = self.norm(layers.ACTIVATIONS[cfg.activation](y_BTD))
-        if cfg.tie_embeddings and cfg.rescale_logits:
-            y_BTD *= jnp.asarray(cfg.d_model**-0.5, y_BTD.dtype)
+        if (scale := mup.logits_scale(cfg)) != 1.0:
+            y_BTD *= jnp.asarray(scale, y_BTD.dtype)
         return y_BTD
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from t5x_lite import layers, losses, model, stack
 from t5x_lite.config import ModelConfig
+from t5x_lite.model_config import with_base
 from t5x_lite.parameters import param, stacked, weight_init, zeros
 from t5x_lite.sharding import constrain
 
@@ -99,9 +100,11 @@ class Aggregator(nnx.Module):
 def entity_config(cfg: ModelConfig) -> ModelConfig:
     """The shape of the entities' attention and norms."""
     heads = cfg.entity_heads
-    return dataclasses.replace(
+    small = dataclasses.replace(
         cfg, d_model=cfg.d_entity, heads=heads, head_dim=cfg.d_entity // heads
     )
+    # Entities stay as wide as they are when the text grows: their base is themselves.
+    return with_base(small, small) if cfg.parametrisation == "mup" else small
 
 
 class EntityEncoder(model.SingleStack):

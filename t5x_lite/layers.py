@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from t5x_lite import mup
 from t5x_lite.config import ModelConfig
 from t5x_lite.kernels.attention import KERNELS
 from t5x_lite.parameters import ones, param, weight_init, zeros
@@ -201,7 +202,7 @@ class Attention(nnx.Module):
         """
         k_BSNH, v_BSNH = keys_values
         q_BTNH = self._projected(x_BTD, "query")
-        scale = self.cfg.head_dim**-0.5 if self.cfg.scale_attention else 1.0
+        scale = mup.attention_scale(self.cfg)
         of_values = None
         if hasattr(self, "relative"):
             q_BTNH, bias, of_values = self.relative(x_BTD, q_BTNH, scale, at)

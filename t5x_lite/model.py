@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import layers, positions
+from t5x_lite import layers, mup, positions
 from t5x_lite.config import ModelConfig
 from t5x_lite.embeddings import Classes, Inputs, Output
+from t5x_lite.model_config import base_config
 from t5x_lite.parameters import declared, param, weight_init
 from t5x_lite.sharding import constrain
 from t5x_lite.stack import Context, Stack
@@ -213,6 +214,13 @@ def trained_stream(cfg: ModelConfig) -> str:
 
 def build(cfg: ModelConfig) -> Any:
     """The model of a config; allocates nothing."""
+    if cfg.parametrisation == "mup":
+        base = _standard(base_config(cfg))
+        return mup.parametrised(_standard(cfg), base, cfg)
+    return _standard(cfg)
+
+
+def _standard(cfg: ModelConfig) -> Any:
     if cfg.generator_width:
         from t5x_lite import electra  # it is built of this module's parts
 

@@ -70,6 +70,15 @@ class ModelConfig:
     entities: int = key(0, "entity embeddings; 0 = those of the file", low=0)
     entity_heads: int = key(4, "attention heads of the entities", low=1)
     entity_layers: int = key(6, "layers that read entities, after the others", low=1)
+    parametrisation: str = key(
+        "standard", "mup: rates tuned at the base fit", among=("standard", "mup")
+    )
+    base_d_model: int = key(0, "muP: d_model that the rates were tuned at", low=0)
+    base_d_ff: int = key(0, "muP: its d_ff; 0 = in proportion", low=0)
+    base_heads: int = key(0, "muP: its heads; 0 = heads * head_dim in prop.", low=0)
+    base_head_dim: int = key(0, "muP: its head_dim; 0 = the same", low=0)
+    base_d_embed: int = key(0, "muP: its d_embed; 0 = the same", low=0)
+    base_layers: int = key(0, "muP: depth of its stacks; 0 = depth is as is", low=0)
     dropout: float = key(0.0, "rate, broadcast over length as in T5", low=0.0, high=0.9)
     attention: str = key(
         "einsum", "kernel; rows: one CPU device, cudnn: GPU", among=ATTENTION
@@ -91,13 +100,85 @@ class ModelConfig:
 def generator_config(cfg: ModelConfig) -> ModelConfig:
     """ELECTRA's generator: the same depth, a share of the widths (section 3.3)."""
     heads = max(1, round(cfg.heads * cfg.generator_width))
-    return dataclasses.replace(
+    small = dataclasses.replace(
         cfg,
         generator_width=0.0,
         d_model=heads * cfg.head_dim,
         d_ff=max(1, round(cfg.d_ff * cfg.generator_width)),
         heads=heads,
         d_embed=cfg.d_embed or cfg.d_model,
+    )
+    if cfg.parametrisation == "standard":
+        return small
+    return with_base(small, generator_config(base_config(cfg)))
+
+
+def base_config(cfg: ModelConfig) -> ModelConfig:
+    """The standard model that a muP one is measured by; a standard one is its own."""
+    if cfg.parametrisation == "standard":
+        return cfg
+    D, H = cfg.base_d_model, cfg.base_head_dim or cfg.head_dim
+    heads = cfg.heads * cfg.head_dim * D // (cfg.d_model * H)
+    return dataclasses.replace(
+        cfg,
+        parametrisation="standard",
+        d_model=D,
+        d_ff=cfg.base_d_ff or cfg.d_ff * D // cfg.d_model,
+        heads=cfg.base_heads or heads,
+        head_dim=H,
+        d_embed=cfg.base_d_embed or cfg.d_embed,
+        encoder_layers=cfg.base_layers or cfg.encoder_layers,
+        decoder_layers=cfg.base_layers or cfg.decoder_layers,
+    )
+
+
+def with_base(cfg: ModelConfig, base: ModelConfig) -> ModelConfig:
+    """`cfg` under muP, measured by the widths of `base`; `base_layers` stays."""
+    return dataclasses.replace(
+        cfg,
+        parametrisation="mup",
+        base_d_model=base.d_model,
+        base_d_ff=base.d_ff,
+        base_heads=base.heads,
+        base_head_dim=base.head_dim,
+        base_d_embed=base.d_embed,
+    )
+
+
+def mup_problems(m: ModelConfig):
+    """Yields (is it so, what is wrong with a muP model's base)."""
+    D = m.base_d_model
+    yield (
+        not D,
+        "parametrisation='mup' needs base_d_model, the width that the learning rate "
+        f"was tuned at: base_d_model={m.d_model}, say, for this model itself.",
+    )
+    yield (
+        not m.base_d_ff and m.d_ff * D % m.d_model,
+        f"base_d_ff=0 means d_ff={m.d_ff} * base_d_model={D} / d_model={m.d_model}, "
+        "which is no whole number. Set base_d_ff.",
+    )
+    H = m.base_head_dim or m.head_dim
+    yield (
+        not m.base_heads and m.heads * m.head_dim * D % (m.d_model * H),
+        f"base_heads=0 means heads={m.heads} * head_dim={m.head_dim} * base_d_model="
+        f"{D} / (d_model={m.d_model} * base_head_dim={H}), which is no whole number. "
+        "Set base_heads and base_head_dim.",
+    )
+    yield (
+        m.base_d_embed and not m.d_embed,
+        f"base_d_embed={m.base_d_embed} needs d_embed > 0. Set it to 0: the "
+        "embeddings then are as wide as the model.",
+    )
+    yield (
+        m.base_layers and m.norm_order == "post",
+        f"base_layers={m.base_layers} (muP over depth) is known for norm_order='pre' "
+        "only. Set base_layers=0: muP over width goes with norms after, too.",
+    )
+    yield (
+        m.base_layers and m.share_layers,
+        f"base_layers={m.base_layers} (muP over depth) needs layers of their own, here "
+        "is share_layers=True. Set base_layers=0.",
     )
 
 
@@ -181,6 +262,8 @@ def problems(m: ModelConfig):
             "to False.",
         ),
     )
+    if m.parametrisation == "mup":
+        rows += tuple(mup_problems(m))
     for wrong, text in rows:
         if wrong:
             yield f"config.model.{text}"

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from t5x_lite import parameters
+from t5x_lite import mup, parameters
 from t5x_lite.config import Config, OptimConfig
 
 
@@ -114,8 +114,9 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
     # Always the same parts: a checkpoint fits whichever of them are switched on.
     nothing = optax.identity()
     decayed = decayed_weights(o.weight_decay, decay) if o.weight_decay else nothing
+    eps = o.eps * mup.gradient_scale(cfg.model)
     if o.name == "adamw":
-        core = optax.scale_by_adam(o.beta1, o.beta2, o.eps)
+        core = optax.scale_by_adam(o.beta1, o.beta2, eps)
     elif o.name == "lamb":
         core = optax.chain(
             optax.scale_by_adam(o.beta1, o.beta2, o.eps),
@@ -125,6 +126,8 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
         decayed = nothing
     else:
         core = per_matrix(adafactor(o), model)
+    if cfg.model.parametrisation == "mup":
+        core = multiplied(core, mup.rates(params, o.name))
     chain = optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else nothing,
         core,
@@ -141,6 +144,23 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
         )
 
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)
+
+
+def multiplied(tx: optax.GradientTransformation, values: dict[str, float]):
+    """`tx`, its updates times a number per parameter; the same state.
+
+    Weight decay comes after it: under muP, rate times decay does not depend on width.
+    """
+
+    def times(path, u):
+        factor = values[name_of(path)]
+        return u if factor == 1.0 else u * factor
+
+    def update(updates, state, params=None):
+        updates, state = tx.update(updates, state, params)
+        return jax.tree.map_with_path(times, updates), state
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def decayed_weights(weight_decay: float, multiplier: dict[str, float]):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import layers, positions
+from t5x_lite import layers, mup, positions
 from t5x_lite.model_config import ModelConfig
 from t5x_lite.parameters import stacked
 from t5x_lite.sharding import constrain
@@ -57,8 +57,9 @@ def relative_bias(table: positions.RelativeBias, ctx: Context) -> jax.Array:
 class Block(nnx.Module):
     """Attention, cross-attention (decoders), feed-forward; norms before or after."""
 
-    def __init__(self, cfg: ModelConfig, cross: bool, relative: str):
+    def __init__(self, cfg: ModelConfig, cross: bool, relative: str, depth: int):
         self.cfg, self.has_cross = cfg, cross
+        self.branch_scale = mup.branch_scale(cfg, depth)
         self.attention_norm = layers.Norm(cfg)
         self.attention = layers.Attention(cfg, relative)
         if relative == "bias_per_layer":
@@ -80,6 +81,8 @@ class Block(nnx.Module):
 
         def sublayer(x_BTD, norm, f, key):
             y_BTD = layers.dropout(f(norm(x_BTD) if pre else x_BTD), rate, key, along=1)
+            if self.branch_scale != 1.0:
+                y_BTD *= jnp.asarray(self.branch_scale, y_BTD.dtype)
             return x_BTD + y_BTD if pre else norm(x_BTD + y_BTD)
 
         def attend(h_BTD):
@@ -152,7 +155,7 @@ class Stack(nnx.Module):
         kind = cfg.positions
         if kind == "prophetnet" and not cross:
             kind = "learned"
-        block = Block(cfg, cross, kind)
+        block = Block(cfg, cross, kind, depth)
         self.blocks = block if cfg.share_layers else stacked(block, depth)
         if kind == "bias":
             self.relative = positions.RelativeBias(cfg)

@@ -1,0 +1,211 @@
+"""The report of a study: PNG figures, and one HTML page that holds everything."""
+
+import base64
+import html
+import io
+import json
+import pathlib
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from t5x_lite.studies import figures, summary
+from t5x_lite.studies.analysis import Analysis, Cell
+from t5x_lite.studies.commands_fit import text as laws_as_text
+
+PAGE = string.Template("""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto;
+  padding: 0 1rem; color: #222; background: #fff; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; } figcaption, .note { color: #555; font-size: 0.9rem; }
+pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.85rem; }
+th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+.is::marker { content: "✓ "; color: #1a7f37; }
+.not::marker { content: "✗ "; color: #b3261e; }
+:target { background: #fff3c4; }
+nav a { margin-right: 1rem; }
+</style>
+<h1>$title</h1>
+<p class="note">$about</p>
+<nav>$contents</nav>
+<h2 id="summary">In words</h2>
+$notes
+<h3>What the data support</h3>
+$supported
+<h3>What they do not</h3>
+$unsupported
+$figures
+<h2 id="laws">Scaling laws</h2>
+<pre>$laws</pre>
+<h2 id="cells">Cells</h2>
+<p class="note">$cells_note</p>
+<div class="scroll">$cells</div>
+<h2 id="configs">Configs</h2>
+<p>What all cells share:</p>
+<details><summary>common config</summary><pre>$common</pre></details>
+$configs
+</html>
+""")
+
+
+def write(found: Analysis, output: pathlib.Path, name: str) -> pathlib.Path:
+    """Writes OUTPUT/figures/*.png and OUTPUT/report.html; returns the page's path."""
+    folder = output / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks, contents = [], [("summary", "In words")]
+    for key, (heading, caption, figure) in figures.all_figures(found).items():
+        contents.append((key, heading))
+        path = folder / f"{key}.png"
+        if isinstance(figure, str):
+            path.unlink(missing_ok=True)  # one of an earlier report would mislead
+            body = f'<p class="note">No figure: {html.escape(figure)}</p>'
+        else:
+            path.write_bytes(png(figure))
+            body = _image(path.read_bytes(), heading, caption)
+        blocks.append(f'<h2 id="{key}">{html.escape(heading)}</h2>\n{body}')
+    contents += [("laws", "Laws"), ("cells", "Cells"), ("configs", "Configs")]
+    page = PAGE.substitute(
+        title=html.escape(f"Study {name}"),
+        about=html.escape(_about(found)),
+        contents=" ".join(
+            f'<a href="#{key}">{html.escape(label)}</a>' for key, label in contents
+        ),
+        figures="\n".join(blocks),
+        laws=html.escape("\n".join(laws_as_text(found)).strip()),
+        cells_note=html.escape(
+            "Loss: mean of the seeds ± their standard deviation, nats per predicted "
+            "token. A cell's name leads to its config."
+        ),
+        cells=cells_table(found),
+        **_sentences(found),
+        **_configs(found.cells),
+    )
+    path = output / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG, without metadata that changes from call to call."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figures.DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _image(data: bytes, heading: str, caption: str) -> str:
+    return (
+        f'<figure><img alt="{html.escape(heading)}" src="data:image/png;base64,'
+        f'{base64.b64encode(data).decode()}">\n'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _about(found: Analysis) -> str:
+    revisions = sorted({r.revision for c in found.cells for r in c.records})
+    return (
+        f"Loss: {figures.loss_label(found)}. {figures.parameters(found)}. "
+        f"Intervals of {100 * found.settings.level:g} %. Code at "
+        f"{', '.join(revisions)}."
+    )
+
+
+def _sentences(found: Analysis) -> dict[str, str]:
+    told = summary.summarise(found)
+
+    def listed(kind: str, empty: str) -> str:
+        items = [s.text for s in told if s.kind == kind] or [empty]
+        # A sentence may start with the name of a coefficient.
+        return (
+            "<ul>"
+            + "".join(
+                f'<li class="{kind}">{html.escape(t[:1].upper() + t[1:])}</li>\n'
+                for t in items
+            )
+            + "</ul>"
+        )
+
+    return dict(
+        notes="".join(
+            f"<p>{html.escape(s.text)}</p>" for s in told if s.kind == "note"
+        ),
+        supported=listed("is", "Nothing beyond the numbers themselves."),
+        unsupported=listed("not", "Nothing was found wanting."),
+    )
+
+
+def cells_table(found: Analysis) -> str:
+    """One row for each cell, in the study's order."""
+    head = (
+        "cell", "seeds", "loss", "parameters N", "embedding", "tokens D", "D / N",
+        "FLOPs C", "minutes a run",
+    )  # fmt: skip
+    rows = []
+    for k, cell in enumerate(found.cells):
+        n = len(cell.losses)
+        spread = f" ± {cell.losses.std(ddof=1):.4f}" if n > 1 else ""
+        embedding = cell.records[0].parameters.get("embedding")
+        minutes = np.mean([r.wall_seconds for r in cell.records]) / 60
+        values = (
+            f"{n}",
+            f"{cell.mean:.4f}{spread}",
+            f"{cell.N:,.0f}",
+            "" if embedding is None else f"{embedding:,}",
+            f"{cell.D:.3g}",
+            f"{cell.D / cell.N:.3g}",
+            f"{cell.C:.3g}",
+            f"{minutes:.2f}",
+        )
+        link = f'<a href="#config-{k}">{html.escape(cell.name)}</a>'
+        rows.append(f"<tr><td>{link}</td>" + "".join(f"<td>{v}</td>" for v in values))
+    titles = "".join(f"<th>{h}</th>" for h in head)
+    return f"<table><tr>{titles}</tr>\n" + "</tr>\n".join(rows) + "</tr></table>"
+
+
+def _configs(chosen: Sequence[Cell]) -> dict[str, str]:
+    """The common part of all configs, and for each cell what it adds."""
+    flat = [_flat(cell.records[0].config) for cell in chosen]
+    shared = {
+        k: v for k, v in flat[0].items() if all(f.get(k, _NONE) == v for f in flat)
+    }
+    shared.pop("seed", None)
+    blocks = []
+    for k, (cell, config) in enumerate(zip(chosen, flat, strict=True)):
+        own = {key: v for key, v in config.items() if key not in shared}
+        seeds = ", ".join(str(r.seed) for r in cell.records)
+        own["seed"] = f"each of {seeds}" if len(cell.records) > 1 else seeds
+        blocks.append(
+            f'<div id="config-{k}"><h3>{html.escape(cell.name)}</h3>\n'
+            f"<pre>{html.escape(_lines(own))}</pre></div>"
+        )
+    return dict(common=html.escape(_lines(shared)), configs="\n".join(blocks))
+
+
+_NONE = object()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value} if prefix else {}
+    found = {}
+    for key, part in value.items():
+        found |= _flat(part, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _lines(flat: dict[str, Any]) -> str:
+    return "\n".join(
+        f"config.{key} = {v if key == 'seed' else json.dumps(v)}"
+        for key, v in sorted(flat.items())
+    )

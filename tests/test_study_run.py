@@ -1,0 +1,523 @@
+"""Ladders, grids, plans, and running, stopping and resuming a study. About 60 s."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite import config, metrics, model, parameters, run, study, train
+from t5x_lite.studies import costs, grid, ladders, launchers, plan, records, runner
+from t5x_lite.studies import run as run_command
+
+ROOT = pathlib.Path(__file__).parents[1]
+STUDIES = sorted(p.parent.name for p in (ROOT / "configs/studies").glob("*/config.py"))
+STRUCTURES = {
+    "encoder": "bert",
+    "decoder": "gpt2",
+    "encoder_decoder": "t5_small",
+    "prefix_lm": "prefix_lm",
+    "permuted": "xlnet",
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_structure_takes_the_knobs_one_by_one(structure):
+    base = ladders.base(f"configs/{STRUCTURES[structure]}.py:smoke")
+    assert base.model.structure == structure
+    before = base.model
+    cases: tuple[tuple[dict[str, Any], dict[str, int]], ...] = (
+        (dict(depth=3), dict(encoder_layers=3, decoder_layers=3, heads=4)),
+        (dict(encoder_depth=3), dict(encoder_layers=3, decoder_layers=2)),
+        (dict(width=64), dict(d_model=64, d_ff=128, heads=8, head_dim=8)),
+        (dict(width=64, heads=2), dict(d_model=64, heads=2, head_dim=32)),
+        (dict(heads=3, head_dim=5), dict(heads=3, head_dim=5, d_model=32)),
+        (dict(head_dim=16), dict(head_dim=16, heads=2)),
+        (dict(ffn_ratio=3.5), dict(d_ff=112, d_model=32)),
+        (dict(aspect=16, depth=3), dict(d_model=48, heads=6)),
+        (dict(aspect=16, width=64), dict(encoder_layers=4, decoder_layers=4)),
+        (dict(vocab_size=512), dict(vocab_size=512)),
+    )
+    for knobs, want in cases:
+        found = costs.resolved(base, ladders.shaped(base, **knobs)).model
+        for name, value in want.items():
+            assert getattr(found, name) == value, (knobs, name)
+        untouched = ("structure", "norm", "positions", "gated", "tie_embeddings")
+        for name in untouched:
+            assert getattr(found, name) == getattr(before, name)
+        assert costs.of(costs.resolved(base, ladders.shaped(base, **knobs))).tokens
+    longer = costs.resolved(base, ladders.shaped(base, length=96))
+    ratio = costs.of(longer).tokens_per_step / costs.of(base).tokens_per_step
+    assert ratio == pytest.approx(1.5, rel=0.1)
+
+
+def test_knobs_that_contradict_each_other_are_refused():
+    base = ladders.base("configs/gpt2.py:smoke")
+    for knobs, text in (
+        (dict(width=50), "width=50 is no multiple of head_dim=8"),
+        (dict(width=50, heads=4), "no multiple of heads=4"),
+        (dict(depth=2, width=32, aspect=8), "two of them"),
+        (dict(depth=2, encoder_depth=3), "not both"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ladders.shaped(base, **knobs)
+    with pytest.raises(ValueError, match="give one of them"):
+        ladders.by_parameters(base, [1e5])
+
+
+def test_one_dial_ladders_reach_what_they_are_asked_for():
+    base = ladders.base("configs/gpt2.py:smoke")
+    by_depth = ladders.by_depth(base, (1, 2, 4), aspect=16)
+    assert [o["model.d_model"] for o in by_depth.values()] == [16, 32, 64]
+    sizes = (5e4, 5e5, 5e6)
+    found = ladders.by_parameters(base, sizes, depth=4)
+    assert list(found) == ["50k", "500k", "5M"]
+    for size, overrides in zip(sizes, found.values(), strict=True):
+        have = costs.parameters(costs.resolved(base, overrides))["non_embedding"]
+        assert have == pytest.approx(size, rel=0.15)  # a head is 8 of the width
+        assert overrides["model.decoder_layers"] == 4
+    budgets = (1e11, 1e13)
+    for budget, overrides in zip(
+        budgets, ladders.by_flops(base, budgets, aspect=16).values(), strict=True
+    ):
+        cost = costs.of(costs.resolved(base, overrides))
+        assert cost.training_flops == pytest.approx(budget, abs=cost.flops_per_step / 2)
+        ratio = cost.tokens / cost.parameters["non_embedding"]
+        assert 5 < ratio < 80  # 20, but for whole layers
+    with pytest.raises(ValueError, match="less than one step"):
+        ladders.at_flops(base, 1e3, {})
+
+
+# Exact: Raffel et al.'s models, which the sizes are named after, and a count of the
+# released tiny-nl32 checkpoint.
+EXACT = {
+    "small": 60_506_624,
+    "base": 222_903_552,
+    "large": 737_668_096,
+    "xxl": 11_307_321_344,
+    "tiny-nl32": 66_986_752,
+}
+# In millions, as the model cards print them.
+CARDS = {
+    "tiny": 15.58,
+    "mini": 31.23,
+    "small": 60.52,
+    "base": 222.93,
+    "large": 737.72,
+    "tiny-nl8": 22.93,
+    "tiny-nl32": 67.06,
+    "small-nl22": 178.04,
+    "xl-nl8": 972.47,
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_t5_efficient_names_have_the_published_parameters(name):
+    overrides = ladders.t5_efficient(f"google/t5-efficient-{name}")
+    assert ladders.model_parameters(overrides) == EXACT[name]
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_t5_efficient_cards_agree_to_a_thousandth(name):
+    """They print kv=32 for the small sizes, which would miss by up to a fifth."""
+    found = ladders.model_parameters(ladders.t5_efficient(name)) / 1e6
+    assert found == pytest.approx(CARDS[name], rel=1.2e-3)
+
+
+# (num_layers, num_decoder_layers, d_ff, d_model, d_kv, num_heads) of the config.json
+# that Google released under each name.
+RELEASED = {
+    "tiny": (4, 4, 1024, 256, 64, 4),
+    "tiny-nl2": (2, 2, 1024, 256, 64, 4),
+    "mini-nl12": (12, 12, 1536, 384, 64, 8),
+    "small-kv32": (6, 6, 2048, 512, 32, 8),
+    "small-kv128": (6, 6, 2048, 512, 128, 8),
+    "small-el32": (32, 6, 2048, 512, 64, 8),
+    "small-dm768": (6, 6, 2048, 768, 64, 8),
+    "small-dm1000": (6, 6, 2048, 1024, 64, 8),
+    "small-ff6000": (6, 6, 6144, 512, 64, 8),
+    "base-ff1000": (12, 12, 1024, 768, 64, 12),
+    "base-ff2000": (12, 12, 2048, 768, 64, 12),
+    "base-kv16": (12, 12, 3072, 768, 16, 12),
+    "base-nh24": (12, 12, 3072, 768, 64, 24),
+    "base-nl40": (40, 40, 3072, 768, 64, 12),
+    "large-nl8": (8, 8, 4096, 1024, 64, 16),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_t5_efficient_names_are_the_released_shapes(name):
+    keys = "encoder_layers decoder_layers d_ff d_model head_dim heads".split()
+    found = ladders.t5_efficient(f"google/t5-efficient-{name}")
+    assert tuple(found[f"model.{key}"] for key in keys) == RELEASED[name]
+
+
+def test_t5_efficient_knobs_each_set_one_number():
+    found = ladders.t5_efficient("t5-efficient-small-el16-dl4-dm256-ff512-kv32-nh4")
+    shape = {k.removeprefix("model."): v for k, v in found.items()}
+    wanted = dict(encoder_layers=16, decoder_layers=4, d_model=256, d_ff=512)
+    wanted |= dict(head_dim=32, heads=4, structure="encoder_decoder", gated=False)
+    assert {k: shape[k] for k in wanted} == wanted
+    for name, text in (
+        ("t5-efficient-huge", "no size 'huge'"),
+        ("small-xy3", "'xy3' is no knob"),
+        ("small-nl4-el8", "sets model.encoder_layers again"),
+        ("small-sh", "not covered"),
+        ("small-nl0", "above 0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ladders.t5_efficient(name)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Overrides that make a cell of a second or so."""
+    where = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(50)]
+    for split, count in (("train", 4000), ("heldout", 400)):
+        text = " ".join(rng.choice(words, count))
+        (where / f"{split}.txt").write_text(text)
+    return {
+        "data.train": str(where / "train.txt"),
+        "data.heldout": str(where / "heldout.txt"),
+        "data.cache_dir": str(where / "stores"),
+        "compile_cache": str(where / "programs"),
+        "data.vocab": "bytes",
+        "model.d_model": 16,
+        "model.d_ff": 16,
+        "model.heads": 2,
+        "model.head_dim": 8,
+        "model.dropout": 0.0,
+        "optim.schedule": "constant",
+        "steps": 4,
+        "eval_every": 4,
+        "checkpoint.every": 2,
+    }
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs take one of the devices that the tests pretend to have: it is faster."""
+    whole = run.Setup.of
+    monkeypatch.setattr(
+        run.Setup, "of", lambda cfg, devices=None: whole(cfg, jax.devices()[:1])
+    )
+
+
+def small_study(base, **changes) -> grid.Study:
+    made = grid.Study(
+        name="small",
+        config="configs/gpt2.py:smoke",
+        base=base,
+        axes={"depth": {f"l{d}": {"model.decoder_layers": d} for d in (1, 2)}},
+        seeds=(0,),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_a_grid_is_the_product_of_axes_and_seeds(base):
+    axes = {
+        "depth": {f"l{d}": {"model.decoder_layers": d} for d in (1, 2, 3)},
+        "rate": {r: {"optim.learning_rate": float(r)} for r in ("1e-3", "2e-3")},
+    }
+    axes["rate"] = {k.replace("-", "m"): v for k, v in axes["rate"].items()}
+    cells = grid.cells(small_study(base, axes=axes, seeds=(0, 7)))
+    assert len(cells) == 12 and len({cell.key for cell in cells}) == 12
+    assert [(c.name, c.seed) for c in cells[:3]] == [
+        ("l1-1em3", 0),
+        ("l1-1em3", 7),
+        ("l1-2em3", 0),
+    ]
+    last = cells[-1]
+    assert last.config.seed == 7 and last.config.model.decoder_layers == 3
+    assert last.config.optim.learning_rate == 2e-3
+    assert last.overrides == {"model.decoder_layers": 3, "optim.learning_rate": 2e-3}
+    other = grid.cells(small_study(base | {"steps": 5}, axes=axes, seeds=(0, 7)))
+    assert {c.key for c in other}.isdisjoint({c.key for c in cells})
+
+
+def test_a_bad_cell_is_named(base):
+    wrong = {"depth": {"l1": {"model.decoder_layer": 1}}}
+    with pytest.raises(ValueError, match=r"cell 'l1'[\s\S]*did you mean"):
+        grid.cells(small_study(base, axes=wrong))
+    with pytest.raises(ValueError, match="part of a directory"):
+        grid.cells(small_study(base, axes={"depth": {"a/b": {}}}))
+    with pytest.raises(ValueError, match="cell 'far'"):
+        far = {"far": {"objective": {"name": "span_corruption", "density": 7.0}}}
+        [grid.cost(c) for c in grid.cells(small_study(base, axes={}, cells=far))]
+
+
+def test_what_comes_after_the_training_is_checked_before_it(base):
+    typo = {"tuned": grid.Adaptation({"optim.learning_rates": 1e-3})}
+    pairs = {"other": {"objective": {"name": "mass"}}}
+    for changes, text in (
+        (dict(adaptations=typo), r"l1, adaptation tuned[\s\S]*did you mean"),
+        (dict(evaluations=pairs), "l1, evaluation other"),
+        (dict(score="other_loss"), "score='other_loss'"),
+        (dict(score="los"), "score='los'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            grid.check(grid.cells(small_study(base, **changes)))
+    fine = small_study(base, evaluations={"same": {}}, score="same_classes_loss")
+    grid.check(grid.cells(fine))
+
+
+def test_500_cells_are_planned_without_tracing_or_device(base, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a plan needs no device and traces nothing")
+
+    for name in ("jit", "eval_shape", "devices", "make_jaxpr"):
+        monkeypatch.setattr(jax, name, refuse)
+    axes = {
+        "structure": {s: {"model.structure": s} for s in ("decoder", "prefix_lm")},
+        "depth": {f"l{d}": {"model.decoder_layers": d} for d in range(1, 11)},
+        "width": {
+            f"d{16 * k}": {"model.d_model": 16 * k, "model.d_ff": 64 * k}
+            for k in (1, 2, 4, 8, 16)
+        },
+    }
+    made = small_study(
+        base | {"objective": {"name": "prefix_lm"}}, axes=axes, seeds=tuple(range(5))
+    )
+    cells = grid.cells(made)
+    assert len(cells) == 500
+    found = plan.make(made, cells, tmp_path, None)
+    assert found["cells"] == 500 and found["finished"] == 0
+    assert found["left_flops"] == sum(r["training_flops"] for r in found["rows"])
+    lines = plan.table(found, 10)
+    assert "and 90 more" in "\n".join(lines) and "time to go" in lines[-1]
+    one = found["rows"][-1]
+    net = model.build(dataclasses.replace(cells[-1].config.model, vocab_size=384))
+    assert one["total"] == model.parameter_count(net)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_here_can_be_planned(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    made = grid.load(f"configs/studies/{name}/config.py")
+    cells = grid.cells(made)
+    assert len(made.seeds) >= 3 and made.name == name
+    found = plan.make(made, cells, "nowhere", None)
+    assert found["training_flops"] < 1e14  # minutes on a CPU
+
+
+def numbers(row: dict) -> list:
+    return [row["curve"], row["heldout_loss"], row["heldout"]]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_study_runs_resumes_and_skips(base, tmp_path, monkeypatch):
+    """Losses are those of a run that nothing interrupted; what is finished stays."""
+    cells = grid.cells(small_study(base))
+    assert runner.run_all(tmp_path / "whole", cells, cells) == []
+    whole = records.read(tmp_path / "whole/results.jsonl")
+    assert [(r.cell, r.seed) for r in whole] == [("l1", 0), ("l2", 0)]
+    for one, cell in zip(whole, cells, strict=True):
+        assert one.training_flops == grid.cost(cell).training_flops
+        assert [s for s, _ in one.curve] == [1, 2, 3, 4]
+        assert one.heldout_loss == one.heldout["loss"] > 0
+        assert one.config["model"]["vocab_size"] == 384 and one.wall_seconds > 0
+
+    # A cell that was killed after two steps.
+    half = dataclasses.replace(cells[1].config, steps=2, eval_every=4)
+    train.train(half, runner.directory(tmp_path / "cut", cells[1]) / "train")
+    assert runner.run_all(tmp_path / "cut", cells, cells[1:]) == []
+    rows = records.read_rows(tmp_path / "cut/results.jsonl")
+    assert [r["cell"] for r in rows] == ["l2"]
+    want = records.read_rows(tmp_path / "whole/results.jsonl")[1]
+    assert numbers(rows[0]) == numbers(want)
+
+    def refuse(*_):
+        raise AssertionError("finished cells are skipped")
+
+    monkeypatch.setattr(train, "train", refuse)
+    assert runner.run_all(tmp_path / "whole", cells, cells) == []
+    assert records.read_rows(tmp_path / "whole/results.jsonl")[1] == want
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_failing_cell_is_told_of_and_the_others_go_on(base, tmp_path):
+    axes = {"rate": {"bad": {"optim.learning_rate": 1e30}, "good": {}}}
+    cells = grid.cells(small_study(base, axes=axes))
+    left = runner.run_all(tmp_path, cells, cells)
+    assert len(left) == 1 and left[0].startswith("bad, seed 0: step")
+    assert [r.cell for r in records.read(tmp_path / "results.jsonl")] == ["good"]
+    log = runner.directory(tmp_path, cells[0]) / "log.txt"
+    assert "FloatingPointError" in log.read_text()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_stopped_cell_ends_the_study_and_is_no_result(base, tmp_path, monkeypatch):
+    cells = grid.cells(small_study(base))
+    whole = train.train
+
+    def stopped(cfg, workdir):  # as SIGTERM does it
+        whole(dataclasses.replace(cfg, steps=2, eval_every=4), workdir)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(train, "train", stopped)
+    with pytest.raises(SystemExit, match="143"):
+        runner.run_all(tmp_path, cells, cells)
+    where = runner.directory(tmp_path, cells[0]) / "train"
+    assert runner.saved_steps(cells[0].config, where) == [2]
+    assert all(runner.result(tmp_path, cell) is None for cell in cells)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_evaluations_and_adaptations_start_from_the_cells_parameters(base, tmp_path):
+    tuned = {"steps": 2, "eval_every": 2, "optim.learning_rate": 1e-9}
+    made = small_study(
+        base,
+        axes={},
+        evaluations={"same": {}},
+        adaptations={"frozen": grid.Adaptation(tuned)},
+        score="frozen_loss",
+    )
+    cells = grid.cells(made)
+    assert runner.run_all(tmp_path, cells, cells) == []
+    (row,) = records.read_rows(tmp_path / "results.jsonl")
+    scores = row["heldout"]
+    assert scores["same_loss"] == pytest.approx(scores["loss"], rel=1e-6)
+    # A rate of next to nothing leaves the loss where it was.
+    assert scores["frozen_loss"] == pytest.approx(scores["loss"], rel=1e-4)
+    assert row["heldout_loss"] == scores["frozen_loss"] and row["score"]
+    assert row["adaptation_flops"] == row["training_flops"] / 2
+
+
+def test_electras_discriminator_is_carried_into_an_encoder():
+    rtd = ladders.base("configs/electra.py:smoke")
+    shape = dataclasses.replace(rtd.model, vocab_size=128)
+    nets = [
+        model.build(dataclasses.replace(shape, generator_width=width))
+        for width in (rtd.model.generator_width, 0.0)
+    ]
+    old, fresh = (
+        parameters.init_params(net, jax.random.key(i)) for i, net in enumerate(nets)
+    )
+    found = runner.carried(old, fresh, "output/.*")
+    same = jax.tree.map(np.array_equal, found["stack"], old["discriminator"]["stack"])
+    assert all(jax.tree.leaves(same))
+    np.testing.assert_array_equal(found["embedding"], old["embedding"])
+    assert found["output"] is not old["output"]
+    for a, b in zip(
+        jax.tree.leaves(found["output"]), jax.tree.leaves(fresh["output"]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def study_file(base, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from t5x_lite.studies import grid\n"
+        "def get_study():\n"
+        "    axes = {'depth': {f'l{d}': {'model.decoder_layers': d} for d in (1, 2)}}\n"
+        "    return grid.Study('small', 'configs/gpt2.py:smoke', seeds=(0, 1),\n"
+        f"        base={base!r}, axes=axes)\n"
+    )
+    return path
+
+
+def test_the_commands_choose_cells(study_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    flags = [f"--config={study_file}", f"--root={tmp_path / 'runs'}"]
+    assert study.main(["plan", *flags, f"--json={tmp_path / 'plan.json'}"]) is None
+    assert "cells       4 in all, 0 finished" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["cells"] == 4
+    chosen = []
+    monkeypatch.setattr(
+        runner, "run_all", lambda root, cells, wanted: chosen.extend(wanted) or []
+    )
+    for more, want in (
+        ([], [("l1", 0), ("l1", 1), ("l2", 0), ("l2", 1)]),
+        (["--only=l2", "--seeds=1"], [("l2", 1)]),
+        (["--cell=2"], [("l2", 0)]),
+    ):
+        chosen.clear()
+        assert study.main(["run", *flags, *more]) is None
+        assert [(c.name, c.seed) for c in chosen] == want
+    for more, text in (
+        (["--cell=9"], "--cell=9"),
+        (["--seeds=5"], "--seeds=5"),
+        (["--only=x"], "leaves no cell"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            study.main(["run", *flags, *more])
+    with pytest.raises(ValueError, match="no command 'runn'"):
+        study.main(["runn"])
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        study.main(["plan", "--config=nowhere.py"])
+
+
+def test_a_slurm_array_runs_one_cell_a_task(study_file, tmp_path, monkeypatch, capsys):
+    """With an sbatch that runs the script here and an srun that writes its command."""
+    monkeypatch.chdir(ROOT)
+    bin_dir, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_dir.mkdir()
+    (bin_dir / "sbatch").write_text(
+        '#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "$1" >> "$CALLS"; shift; done\n'
+        'SLURM_ARRAY_TASK_ID=3 exec bash "$@"\n'
+    )
+    (bin_dir / "srun").write_text('#!/bin/bash\nprintf "%q " "$@" >> "$CALLS"\n')
+    for script in bin_dir.iterdir():
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_dir}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(calls))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    flags = [f"--config={study_file}", f"--root={tmp_path / 'runs'}"]
+    done = run_command.main([*flags, "--launcher=slurm", "--sbatch=--time=1:00"])
+    assert done == 0
+    *asked, command = calls.read_text().splitlines()
+    assert asked == ["--job-name=small", "--array=0-3", "--time=1:00"]
+    python, dash_m, module, name, *rest = shlex.split(command)
+    assert (python, dash_m, module) == (sys.executable, "-m", "t5x_lite.study")
+    chosen = []
+    monkeypatch.setattr(
+        runner, "run_all", lambda root, cells, wanted: chosen.extend(wanted) or []
+    )
+    study.main([name, *rest])
+    assert [(c.name, c.seed) for c in chosen] == [("l2", 1)]
+
+
+def test_a_jobset_has_a_pod_for_each_cell(study_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = [f"--config={study_file}", f"--root={tmp_path / 'runs'}"]
+    run_command.main([*flags, "--launcher=jobset", "--image=here/it:1", "--seeds=1"])
+    text = (tmp_path / "runs/study.yaml").read_text()
+    assert "completions: 2" in text and "image: here/it:1" in text
+    script = text.partition("- |\n")[2].partition("env:")[0]
+    shown = subprocess.run(
+        ["bash", "-c", script.replace("exec python", "echo")],
+        env=os.environ | {"JOB_COMPLETION_INDEX": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.split()[-1] == "--cell=3"
+
+
+def test_array_ranges():
+    assert launchers.ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+def test_long_curves_are_thinned_by_means():
+    curve = [[s, float(s)] for s in range(1, 1001)]
+    thin = runner.thinned(curve, 100)
+    assert len(thin) == 100 and thin[-1][0] == 1000
+    assert thin[0] == [10, 5.5]
+    assert runner.thinned(curve[:50], 100) == curve[:50]
+
+
+def test_overrides_of_no_section_are_refused():
+    base = ladders.base("configs/gpt2.py:smoke")
+    with pytest.raises(config.ConfigError, match="no section"):
+        costs.resolved(base, {"steps.more": 1})
+    assert metrics.read("nowhere.jsonl") == []
