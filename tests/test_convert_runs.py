@@ -66,6 +66,7 @@ def test_pretraining_goes_on_from_converted_weights(again, tmp_path, monkeypatch
         return state
 
     monkeypatch.setattr(train.run.Setup, "create_state", watched)
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # samples of text
     flags = f"--config.data.cache_dir={tmp_path}", "--config.compile_cache=", *more
     data = pathlib.Path(VOCAB).parent
     flags += (
@@ -178,6 +179,7 @@ CONTINUED: dict[str, tuple[str, dict]] = {
 @pytest.mark.parametrize("family", CONTINUED)
 def test_every_family_goes_on_training(family, tmp_path, monkeypatch):
     preset, more = CONTINUED[family]
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # samples of text
     more = dict(vocab_size=4224, max_positions=160) | more
     tiny_source(preset, tmp_path / "hf", {}, **more)
     run(
