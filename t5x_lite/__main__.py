@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train the model of a config file, or resume",
     "evaluate": "held-out loss of a checkpoint",
     "generate": "fill the gaps of a text, or go on with it",
+    "convert": "weights of Hugging Face and T5X, in and out",
     "export": "parameters as one .npz with readable names",
     "plan": "memory, network and time of a config on a machine that is not here",
     "inspect": "print examples of a config, and who sees whom",

@@ -218,7 +218,9 @@ def check_compatible(meta: dict, cfg: config_lib.Config, data: dict):
     Raises:
       ValueError: naming every key that differs with both values.
     """
-    then, now = meta["config"], json.loads(json.dumps(config_lib.to_json(cfg)))
+    # A key that is newer than the checkpoint had its default.
+    frozen = config_lib.freeze(meta["config"])
+    then, now = (json.loads(json.dumps(config_lib.to_json(c))) for c in (frozen, cfg))
 
     def differing(keys, a, b):
         for key in keys:
@@ -231,9 +233,15 @@ def check_compatible(meta: dict, cfg: config_lib.Config, data: dict):
                 yield f"config.{key}", left, right
 
     free = {f"config.model.{k}" for k in _FREE_MODEL_KEYS}
-    found = [d for d in differing(_STATE_KEYS, then, now) if d[0] not in free]
+    # Nothing was trained yet in a workdir that was converted.
+    trained = not meta.get("params_only")
+    keys = _STATE_KEYS if trained else ("model",)
+    found = [d for d in differing(keys, then, now) if d[0] not in free]
     way_out = "Restore these values, or train in a new --workdir."
-    if not found and not cfg.checkpoint.accept_changes:
+    before = meta["data"]["vocab"] if "vocab" in meta["data"] else ""
+    if not trained and before and before != data["vocab"]:
+        found.append(("data vocab", before, data["vocab"]))
+    if trained and not found and not cfg.checkpoint.accept_changes:
         found = [*differing(_ORDER_KEYS, then, now)]
         found += [
             (f"data {k}", meta["data"].get(k), v)
@@ -256,6 +264,11 @@ def check_compatible(meta: dict, cfg: config_lib.Config, data: dict):
 def check_vocab(meta: dict, words: Vocab):
     """Refuses a vocabulary other than the one a checkpoint was trained with."""
     trained_with = meta["data"]["vocab"]
+    if not trained_with:
+        raise ValueError(
+            "the workdir was converted without a vocabulary: none was beside the "
+            "weights, or it cannot be read here. Convert it again with --vocab=FILE."
+        )
     if trained_with != words.fingerprint:
         raise ValueError(
             f"config.data.vocab={words.spec!r} is not the vocabulary of the run: its "

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import gc
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -99,7 +100,7 @@ def parse_config(doc: str | None, argv=None, **others: str | tuple[str, str]):
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:
-    """Runs `get_config` of a config file.
+    """Runs `get_config` of a config file, or reads the config.json of a run.
 
     Args:
       name: 'FILE' or 'FILE:ARG'; ARG is handed to `get_config`.
@@ -110,9 +111,13 @@ def load_config(name: str) -> ml_collections.ConfigDict:
         close = difflib.get_close_matches(path, there, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise FileNotFoundError(f"--config={name}: there is no file {path!r}.{hint}")
+    if path.endswith(".json"):
+        return _config_of_a_run(name, path)
     spec = importlib.util.spec_from_file_location("t5x_lite_config_file", path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--config={name}: {path!r} is no Python file (.py).")
+        raise ValueError(
+            f"--config={name}: {path!r} is neither a .py file nor a run's config.json."
+        )
     module = importlib.util.module_from_spec(spec)
     with _errors_of(name, path):
         spec.loader.exec_module(module)
@@ -129,6 +134,18 @@ def load_config(name: str) -> ml_collections.ConfigDict:
             "ConfigDict. Start from configs/base.py's and return it."
         )
     return raw
+
+
+def _config_of_a_run(name: str, path: str) -> ml_collections.ConfigDict:
+    try:
+        found = json.loads(pathlib.Path(path).read_text())["config"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"--config={name}: {path!r} is not the config.json of a run: it has no "
+            f"'config' ({type(e).__name__}). Give WORKDIR/config.json or a .py file."
+        ) from e
+    frozen = config_lib.freeze(found)
+    return ml_collections.ConfigDict(config_lib.to_json(frozen, tuples=True))
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ from t5x_lite import model_config
 from t5x_lite.model_config import DTYPES, ModelConfig, key
 
 OPTIMIZERS = ("adafactor", "adamw", "lamb")
+INIT_PRESETS = (
+    *("same", "from_encoder", "from_decoder", "to_encoder", "to_decoder", "to_both"),
+)
 SCHEDULES = ("constant", "rsqrt", "linear", "cosine", "wsd")
 
 
@@ -27,8 +30,8 @@ SCHEDULES = ("constant", "rsqrt", "linear", "cosine", "wsd")
 class DataConfig:
     train: str = key("data/train.jsonl", "path or glob of the training text")
     heldout: str = key("data/heldout.jsonl", "path or glob of the held-out text")
-    vocab: str = key("bytes", "'bytes' or a SentencePiece .model file")
-    sentinels: int = key(100, "sentinel ids on top of the vocabulary", low=1)
+    vocab: str = key("bytes", "'bytes', a file or its directory; see vocab.py")
+    sentinels: int = key(100, "sentinel ids on top of the vocabulary", low=0)
     cache_dir: str = key("runs/stores", "where token stores are built")
     inputs_length: int = key(512, "encoder tokens per example, EOS included", low=4)
     train_inputs: bool = key(False, "decoder: train on the inputs of a pair too")
@@ -127,6 +130,29 @@ class Config:
     peers_timeout: int = key(300, "seconds to wait for all processes", low=1)
     slow_step: float = key(
         10.0, "dump stacks when a step takes k times the median; 0 = never", low=0.0
+    )
+    init_from: str = key(
+        "", "workdir whose parameters a new run starts from; empty = drawn"
+    )
+    init_preset: str = key(
+        "same",
+        "how names of init_from map to ours; see t5x_lite/warmstart.py",
+        among=INIT_PRESETS,
+    )
+    init_rules: tuple = key(
+        (),
+        "(regex of our name, name in init_from or None = fresh); first match wins, "
+        "before the preset",
+    )
+    init_vocab: str = key(
+        "",
+        "rows of ids that init_from's vocabulary has not; empty = must be the same",
+        among=("", "mean", "fresh"),
+    )
+    init_positions: str = key(
+        "",
+        "more learned positions or relative buckets than init_from; empty = an error",
+        among=("", "repeat", "interpolate"),
     )
     objective: dict = key(
         dict(name="span_corruption", density=0.15, mean_span=3.0),
@@ -272,7 +298,8 @@ def _cross_checks(c: Config):
                 f"config.optim.warmup_steps={c.optim.warmup_steps} must be below "
                 f"config.steps={c.steps} with schedule {c.optim.schedule!r}."
             )
-    if c.model.relative_max_distance <= c.model.relative_buckets // 2:
+    bucketed = c.model.positions in ("bias", "bias_per_layer", "prophetnet")
+    if bucketed and c.model.relative_max_distance <= c.model.relative_buckets // 2:
         yield (
             f"config.model.relative_max_distance={c.model.relative_max_distance} must "
             f"exceed half of relative_buckets={c.model.relative_buckets}."

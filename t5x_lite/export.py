@@ -1,39 +1,55 @@
-"""Write the parameters of a run as one .npz with readable names, beside config.json.
+"""Write the parameters of a run to files with readable names, beside config.json.
 
     python -m t5x_lite.export --workdir=runs/demo --output=runs/demo_export --verify
     python -m t5x_lite.export --workdir=runs/demo --output=out --layers=stacked
+    python -m t5x_lite.export --workdir=runs/demo --output=out --format=safetensors
 
 Unrolled, layer 3's query is `decoder/blocks/03/attention/query` [D, N, H]; stacked, all
 layers are `decoder/blocks/attention/query` [L, D, N, H]; layers that share one block
-(ALBERT) have one array either way. Read it with NumPy alone:
-`numpy.load("out/params.npz")`. config.json holds the run's config and step.
+(ALBERT) have one array either way. config.json holds the run's config and step.
 
---verify reads the file back with NumPy, restacks it, and compares the logits of a fixed
-random batch (of all heads) with the checkpoint's: they must be equal bit for bit.
+npz: `numpy.load("out/params.npz")` reads it. npy-dir: one file an array, out/params/
+NAME.npy. safetensors: params.safetensors, or shards of 256 MiB with an index. bfloat16
+is native in safetensors; in the others it is uint16, the upper half of the float32's
+bits. Parameters are read and written one by one: it takes up to three times the memory
+of the largest array in the checkpoint (all layers of a name), and that of a shard.
+--verify takes several times that of the model.
+
+--verify reads the files back, restacks them, and compares the logits of a fixed random
+batch (of all heads) with the checkpoint's: they must be equal bit for bit. For models
+that t5x_lite/interop/numpy_forward.py knows (T5, BERT, GPT-2, BART ...) it computes
+them with NumPy alone too: within 1e-4 of the largest.
 """
 
+import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
 import tempfile
-import zipfile
-import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from t5x_lite import checkpoint, cli, parameters
 from t5x_lite import config as config_lib
 from t5x_lite import model as model_lib
+from t5x_lite.arrays import DTYPES, FORMATS, Lazy, Slot, open_arrays, write_arrays
 from t5x_lite.config import ModelConfig
+from t5x_lite.interop import numpy_forward
+from t5x_lite.stored import open_params
 
 LAYER = re.compile(r"/blocks/(\d+)/")
 LAYOUTS = ("unrolled", "stacked")
+# Of NumPy's logits and the model's: the largest difference over the largest logit.
+NUMPY_TOLERANCE = 1e-4
 
 
 def main(argv: list[str] | None = None):
@@ -41,11 +57,12 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--workdir", required=True, help="directory of a training run")
     parser.add_argument("--output", required=True, help="directory to create")
     parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 = latest")
+    parser.add_argument("--format", choices=FORMATS, default="npz", help="of the files")
     parser.add_argument(
         "--layers", choices=LAYOUTS, default="unrolled", help="an array a layer, or all"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32", help="of the file"
+        "--dtype", choices=list(DTYPES), default="float32", help="of the files"
     )
     parser.add_argument("--verify", action="store_true", help="read back and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
@@ -53,11 +70,10 @@ def main(argv: list[str] | None = None):
     output = pathlib.Path(flags.output)
     check_output(output, flags.overwrite)
 
-    cfg, model, params, step, meta = checkpoint.load_run(flags.workdir, flags.step)
-    arrays = flatten(params)
+    cfg, step, meta = checkpoint.read_run(flags.workdir, flags.step)
+    arrays = open_params(flags.workdir, step)
     if flags.layers == "unrolled" and not cfg.model.share_layers:
         arrays = unroll(arrays)
-    arrays = {name: a.astype(flags.dtype) for name, a in arrays.items()}
     about = {
         "step": step,
         "layers": flags.layers,
@@ -65,20 +81,26 @@ def main(argv: list[str] | None = None):
         "config": config_lib.to_json(cfg),
         "data": meta["data"],
     }
-    write(output, arrays, about)
-    print(table(arrays))
-    size = (output / "params.npz").stat().st_size
-    print(f"wrote {output / 'params.npz'} ({size / 2**20:,.2f} MiB) of step {step}")
+    write(output, arrays, about, flags.format)
+    print(table(arrays, flags.dtype))
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"wrote {output} ({flags.format}, {size / 2**20:,.2f} MiB) of step {step}")
     if flags.verify:
-        print(verify(output, model, params))
+        _, net, params, _, _ = checkpoint.load_run(flags.workdir, step)
+        print(verify(output, net, params))
 
 
 def check_output(output: pathlib.Path, overwrite: bool):
     """Refuses an output that exists, unless it is an export to be replaced."""
     if not output.exists():
         return
-    ours = {"params.npz", "config.json"}
-    foreign = not output.is_dir() or {p.name for p in output.iterdir()} - ours
+    ours = re.compile(
+        r"config\.json|params|params\.npz|params(-\d+-of-\d+)?\.safetensors"
+        r"|params\.safetensors\.index\.json"
+    )
+    foreign = not output.is_dir() or not all(
+        ours.fullmatch(path.name) for path in output.iterdir()
+    )
     if foreign:
         raise ValueError(
             f"--output={output} exists and is not an export. Give a new directory."
@@ -99,20 +121,33 @@ def flatten(params: dict) -> dict[str, np.ndarray]:
     }
 
 
-def unroll(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One array a layer: '.../blocks/x' [L, ...] -> '.../blocks/00/x', '01', ..."""
-    flat = {}
-    for name, array in stacked.items():
+def unroll(stacked: Mapping[str, Any]) -> Lazy:
+    """One array a layer: '.../blocks/x' [L, ...] -> '.../blocks/00/x', '01', ...
+
+    The layers of a name follow each other, and are views of it: read in this order,
+    each stacked array is read once, and one is held at a time.
+    """
+    lazy, held = Lazy.of(stacked), {}
+
+    def layer(name: str, i: int) -> np.ndarray:
+        if name not in held:
+            held.clear()
+            held[name] = lazy[name]
+        return held[name][i]
+
+    slots = {}
+    for name, slot in lazy.slots.items():
         stack, blocks, rest = name.partition("/blocks/")
+        for i in range(slot.shape[0]) if blocks else ():
+            slots[f"{stack}/blocks/{i:02d}/{rest}"] = Slot(
+                slot.shape[1:], slot.dtype, functools.partial(layer, name, i)
+            )
         if not blocks:
-            flat[name] = array
-            continue
-        for i, layer in enumerate(array):
-            flat[f"{stack}/blocks/{i:02d}/{rest}"] = layer
-    return dict(sorted(flat.items()))
+            slots[name] = slot
+    return Lazy(slots)
 
 
-def restack(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def restack(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The inverse of `unroll`; stacked arrays pass through."""
     flat, by_layer = {}, {}
     for name, array in arrays.items():
@@ -129,24 +164,43 @@ def restack(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(sorted(flat.items()))
 
 
-def write(output: pathlib.Path, arrays: dict[str, np.ndarray], about: dict):
-    """params.npz and config.json, in one rename of a finished directory.
+def write(
+    output: pathlib.Path, arrays: Mapping[str, Any], about: dict, kind: str = "npz"
+):
+    """The arrays and config.json, in one rename of a finished directory.
+
+    Args:
+      arrays: by name, `Lazy` or not; written in about["dtype"], if there is one.
+      kind: one of FORMATS.
 
     Raises:
       OSError: if it cannot be written; nothing of it is left then.
     """
-    output = output.absolute()
+    output, lazy = output.absolute(), Lazy.of(arrays)
     output.parent.mkdir(parents=True, exist_ok=True)
+    dtype = about.get("dtype", "")
+    size = lazy.nbytes(DTYPES[dtype] if dtype else None)
+    free = shutil.disk_usage(output.parent).free
+    if size > free:
+        raise OSError(
+            f"--output={output} would take {size / 2**20:,.0f} MiB, and "
+            f"{free / 2**20:,.0f} MiB are free there. Free some space, give another "
+            "directory, or a narrower --dtype."
+        )
     temporary = pathlib.Path(
         tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.tmp-")
     )
     try:
         temporary.chmod(0o755)
-        np.savez(temporary / "params.npz", **arrays)  # pyright: ignore[reportArgumentType]
+        with tqdm.tqdm(
+            total=len(lazy), desc="exporting", unit=" arrays", leave=False
+        ) as bar:
+            write_arrays(temporary, _counted(lazy, bar), kind, dtype)
         (temporary / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-        for path in temporary.iterdir():
-            with path.open("rb") as f:
-                os.fsync(f.fileno())
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as f:
+                    os.fsync(f.fileno())
         if output.exists():
             # A directory cannot be replaced in one step; the old one goes last.
             old = temporary.with_name(temporary.name + "-old")
@@ -159,29 +213,39 @@ def write(output: pathlib.Path, arrays: dict[str, np.ndarray], about: dict):
             shutil.rmtree(old)
         else:
             temporary.rename(output)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if not isinstance(e, OSError):
+            raise
+        raise OSError(
+            f"--output={output} cannot be written, nothing was changed: {e}. Free some "
+            "space or give another directory."
+        ) from e
 
 
-def read(output: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
-    """(arrays by name as stored, config.json) of an export, with NumPy alone.
+def _counted(lazy: Lazy, bar: tqdm.tqdm) -> Lazy:
+    """The same arrays; reading one moves the bar."""
 
-    Raises:
-      ValueError: if the file is damaged; the zip's checksums are compared.
-    """
-    path = pathlib.Path(output) / "params.npz"
-    try:
-        # Opened here: numpy leaves a file open that it cannot read.
-        with path.open("rb") as f, np.load(f, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as e:
-        raise ValueError(f"{path} is damaged: {e}. Export it again.") from e
-    return arrays, json.loads((path.parent / "config.json").read_text())
+    def read(slot: Slot) -> np.ndarray:
+        bar.update()
+        return slot.read()
+
+    return Lazy(
+        {
+            name: slot._replace(read=functools.partial(read, slot))
+            for name, slot in lazy.slots.items()
+        }
+    )
+
+
+def read(output) -> tuple[Lazy, dict]:
+    """(arrays by name as stored, config.json) of an export; see `open_arrays`."""
+    about = json.loads((pathlib.Path(output) / "config.json").read_text())
+    return open_arrays(output), about
 
 
 def load(output) -> tuple[Any, dict]:
-    """(model, float32 params) of an export, either layout.
+    """(model, float32 params) of an export, in any format and layout.
 
     Raises:
       ValueError: if names or shapes are not those of the model in its config.json.
@@ -206,7 +270,7 @@ def load(output) -> tuple[Any, dict]:
 
 
 def verify(output, model: Any, params: dict) -> str:
-    """Compares the export's logits with those of `params`; a line that says equal.
+    """Compares the export's logits with those of `params`; lines that say how.
 
     Raises:
       ValueError: if the file is damaged or any logit differs. An export in a narrower
@@ -216,8 +280,9 @@ def verify(output, model: Any, params: dict) -> str:
     dtype = read(output)[1]["dtype"]
     params = jax.tree.map(lambda p: p.astype(dtype).astype("float32"), params)
     batch = fixed_batch(model.cfg)
-    want = np.asarray(logits(model.cfg, params, batch))
-    got = np.asarray(logits(again.cfg, from_file, batch))
+    with jax.default_matmul_precision("highest"):
+        want = np.asarray(logits(model.cfg, params, batch))
+        got = np.asarray(logits(again.cfg, from_file, batch))
     if not np.array_equal(want, got):
         worst = np.max(np.abs(want - got))
         raise ValueError(
@@ -226,7 +291,36 @@ def verify(output, model: Any, params: dict) -> str:
         )
     return (
         f"verified: {got.size:,} logits of a random batch, recomputed from the file, "
-        "are bit-equal to the checkpoint's"
+        "are bit-equal to the checkpoint's\n"
+        + verify_with_numpy(output, model.cfg, params, batch)
+    )
+
+
+def verify_with_numpy(output, cfg: ModelConfig, params: dict, batch: dict) -> str:
+    """Computes the logits of the files with NumPy alone; a line that says how near.
+
+    Raises:
+      ValueError: if they are not those of the model with `params`, in float32.
+    """
+    shape = dataclasses.asdict(cfg)
+    if reason := numpy_forward.unsupported(shape):
+        return f"not recomputed with NumPy alone, which has no {reason}"
+    precise = dataclasses.replace(cfg, dtype="float32")
+    with jax.default_matmul_precision("highest"):
+        want = np.asarray(logits(precise, params, batch))
+    found = numpy_forward.forward(dict(open_arrays(output)), shape, batch)
+    got = np.concatenate([x.ravel() for x in found.values()])
+    worst = float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
+    if not worst <= NUMPY_TOLERANCE:
+        raise ValueError(
+            f"{output}: logits that NumPy computes from the files differ from the "
+            f"model's by up to {worst:.3g} of the largest, allowed are "
+            f"{NUMPY_TOLERANCE}. Compare t5x_lite/interop/numpy_forward.py with the "
+            "model's code."
+        )
+    return (
+        f"verified: {got.size:,} logits that NumPy alone computes from the files are "
+        f"the model's (float32) within {worst:.1e} of the largest"
     )
 
 
@@ -279,17 +373,19 @@ def fixed_batch(cfg: ModelConfig, B: int = 2) -> dict:
     return batch
 
 
-def table(arrays: dict[str, np.ndarray]) -> str:
-    """Names, shapes and sizes, and the total."""
-    width = max(map(len, arrays))
+def table(arrays: Lazy, dtype: str) -> str:
+    """Names, shapes and sizes in the files, and the total."""
+    width, each = max(map(len, arrays)), DTYPES[dtype].itemsize
 
-    def row(name: str, shape, count: int, size: int) -> str:
-        return f"{name:{width}}  {shape!s:20} {count:>14,}  {size / 2**20:>9,.2f} MiB"
+    def row(name: str, shape, count: int) -> str:
+        size = count * each / 2**20
+        return f"{name:{width}}  {shape!s:20} {count:>14,}  {size:>9,.2f} MiB"
 
-    rows = [row(name, a.shape, a.size, a.nbytes) for name, a in arrays.items()]
-    count = sum(a.size for a in arrays.values())
-    size = sum(a.nbytes for a in arrays.values())
-    return "\n".join([*rows, row(f"{len(arrays)} arrays", "", count, size)])
+    counts = {name: math.prod(slot.shape) for name, slot in arrays.slots.items()}
+    rows = [
+        row(name, arrays.slots[name].shape, counts[name]) for name in sorted(counts)
+    ]
+    return "\n".join([*rows, row(f"{len(arrays)} arrays", "", sum(counts.values()))])
 
 
 if __name__ == "__main__":

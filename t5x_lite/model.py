@@ -45,6 +45,8 @@ class Assembly(nnx.Module):
         # sharded, GSPMD replicates the whole batch of activations instead.
         table_VE = constrain(self.embedding[...], "vocab", "residual")
         x_BTE = table_VE.astype(self.cfg.dtype)[tokens_BT]
+        if self.cfg.scale_embedding:
+            x_BTE *= jnp.asarray(x_BTE.shape[-1] ** 0.5, x_BTE.dtype)
         return constrain(x_BTE, "batch", "length", "residual")
 
     @property

@@ -45,6 +45,7 @@ class ModelConfig:
     norm_order: str = key("pre", "before a sublayer or after it", among=("pre", "post"))
     norm_eps: float = key(1e-6, "epsilon of the norm", low=0.0)
     embed_norm: bool = key(False, "norm after the embeddings")
+    scale_embedding: bool = key(False, "embedded tokens times D^0.5 (mBART)")
     scale_attention: bool = key(False, "scores times H^-0.5 (T5: no)")
     tie_embeddings: bool = key(False, "logits from the embedding")
     rescale_logits: bool = key(True, "times D^-0.5 if tied, as in T5 v1.0")

@@ -42,15 +42,16 @@ def declared(model: nnx.Module) -> dict[str, nnx.Param]:
     return {"/".join(map(str, path)): p for path, p in sorted(flat)}
 
 
-def init_params(model: nnx.Module, key: jax.Array) -> dict:
-    """Draws all parameters; a parameter's key is folded from its name alone."""
+def init_params(model: nnx.Module, key: jax.Array, only: str = "") -> dict:
+    """Draws all parameters, or one; its key is folded from its name alone."""
 
     def draw(path, p):
         own = jax.random.fold_in(key, zlib.crc32("/".join(map(str, path)).encode()))
         return p.get_metadata()["init"](own, p.get_value().shape, jnp.float32)
 
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return nested({path: draw(path, p) for path, p in flat})
+    chosen = [(path, p) for path, p in flat if only in ("", "/".join(map(str, path)))]
+    return nested({path: draw(path, p) for path, p in chosen})
 
 
 def nested(flat: dict) -> dict:

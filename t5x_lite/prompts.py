@@ -164,8 +164,7 @@ def until_eos(ids_T: np.ndarray, words: Vocab) -> np.ndarray:
 
 def _inside(ids, words: Vocab) -> str:
     """Text of ids from inside a text: the space it begins with is kept."""
-    mark = words.sentinel(0)
-    return words.decode([mark, *ids]).removeprefix("<extra_id_0>")
+    return words.decode(ids, inside=True)
 
 
 def parse_fills(ids: np.ndarray, gaps: int, words: Vocab) -> list[str]:

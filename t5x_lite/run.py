@@ -12,7 +12,16 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from t5x_lite import config as config_lib
-from t5x_lite import entities, metrics, optim, sharding, state, visibility, vocab
+from t5x_lite import (
+    entities,
+    metrics,
+    optim,
+    sharding,
+    state,
+    visibility,
+    vocab,
+    warmstart,
+)
 from t5x_lite import model as model_lib
 from t5x_lite.data import pipeline, store
 from t5x_lite.kernels import attention
@@ -139,13 +148,24 @@ class Setup:
         size = self.cfg.data.batch_size
         return sharding.to_device(batch, self.batch_sharding, size)
 
-    def create_state(self) -> dict:
+    def create_state(self, source: str | pathlib.Path = "", step: int = -1) -> dict:
+        """A fresh state; its parameters are those of a workdir if there is one.
+
+        Args:
+          source: a workdir; "" = config.init_from.
+          step: of its checkpoint; -1 = the latest.
+        """
+        if not source:
+            warmstart.check(self.cfg, self.model)
         fresh = state.create(self.model, self.tx, self.abstract_state, self.cfg.seed)
         if self.cfg.model.d_entity:
             given = load_entities(self.cfg.objective["entities"], self.vocab)
             if given.embeddings_EC is not None:
                 params = entities.with_embeddings(fresh["params"], given.embeddings_EC)
                 fresh |= {"params": params}
+        if source or self.cfg.init_from:
+            given = self.abstract_state["params"], fresh["params"]
+            fresh |= {"params": warmstart.params(self.cfg, *given, source, step)}
         return fresh
 
     def heldout_steps(self) -> range:

@@ -104,7 +104,10 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             else:
                 meta = checkpoints.meta(restored)
                 checkpoint.check_compatible(meta, cfg, setup.data_identity())
-                train_state = checkpoints.restore(restored, setup.abstract_state)
+                if meta.get("params_only"):
+                    train_state = setup.create_state(workdir, restored)
+                else:
+                    train_state = checkpoints.restore(restored, setup.abstract_state)
             jax.block_until_ready(train_state)
         first = restored or 0
         if first >= cfg.steps:
@@ -117,7 +120,8 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
             finish(setup, train_state, workdir, last, baseline.result())
             return last
         if restored is not None:
-            say(f"resuming after step {restored} of {cfg.steps}")
+            again = "resuming after" if restored else "starting from the parameters of"
+            say(f"{again} step {restored} of {cfg.steps}")
             go_on_from(restored, checkpoints, workdir, peers)
         if peers.lead:
             check_space(workdir, state.size_bytes(setup.abstract_state))

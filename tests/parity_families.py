@@ -22,6 +22,7 @@ FAMILY = dict(xlnet_mems="xlnet", xlnet_permuted="xlnet")
 # What their configs do not say; ELECTRA's generator is half of this discriminator.
 MORE = {
     "bart": dict(output_bias=True),
+    "mbart": dict(output_bias=True),
     "electra_generator": dict(d_model=40, d_ff=72, heads=4, generator_width=0.5),
     "electra_discriminator": dict(generator_width=0.5),
 }

@@ -1,13 +1,20 @@
 """An export is the checkpoint, readable with NumPy alone, or it is refused."""
 
+import contextlib
 import json
+import pathlib
+import re
+import resource
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from t5x_lite import checkpoint, export, model, parameters
+from t5x_lite import arrays, checkpoint, export, model, parameters
+from tests.tiny import tiny_config
 
 
 @pytest.fixture
@@ -64,10 +71,79 @@ def test_load_gives_a_model_that_computes(workdir, tmp_path):
     assert np.isfinite(export.logits(net.cfg, params, batch)).all()
 
 
-def test_float16_is_compared_with_the_rounded_checkpoint(workdir, tmp_path, capsys):
-    run(workdir, tmp_path / "out", "--dtype=float16", "--verify")
-    assert "bit-equal" in capsys.readouterr().out
-    assert export.read(tmp_path / "out")[0]["output/kernel"].dtype == np.float16
+CLOSE = re.compile(r"NumPy alone .* within (\S+) of the largest")
+
+
+def stored_by(kind: str, out: pathlib.Path) -> dict:
+    """The arrays of an export, read by other code: NumPy's and safetensors' own."""
+    if kind == "npz":
+        with np.load(out / "params.npz", allow_pickle=False) as archive:
+            return dict(archive)
+    if kind == "npy-dir":
+        files = (out / "params").rglob("*.npy")
+        return {
+            file.relative_to(out / "params").with_suffix("").as_posix(): np.load(file)
+            for file in files
+        }
+    return safetensors.numpy.load_file(out / "params.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", export.FORMATS)
+def test_every_format_and_dtype_holds_the_rounded_checkpoint(
+    kind, dtype, workdir, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    run(workdir, out, f"--format={kind}", f"--dtype={dtype}", "--verify")
+    printed = capsys.readouterr().out
+    assert "bit-equal" in printed
+    found = CLOSE.search(printed)
+    assert found is not None and float(found[1]) < 1e-5
+    stored = stored_by(kind, out)
+    params = checkpoint.load_run(workdir)[2]
+    want = {k: jnp.asarray(v, dtype) for k, v in export.flatten(params).items()}
+    assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+    again = export.restack(arrays.open_arrays(out))
+    assert list(again) == list(want)
+    for name, array in export.restack(stored).items():
+        bits = np.asarray(want[name])
+        if dtype == "bfloat16" and kind != "safetensors":
+            bits = bits.view(np.uint16)
+        assert array.dtype == bits.dtype
+        np.testing.assert_array_equal(array, bits)
+        assert again[name].dtype == want[name].dtype
+        np.testing.assert_array_equal(again[name], np.asarray(want[name]))
+
+
+def test_bfloat16_bits_are_the_upper_half_of_float32s(workdir, tmp_path):
+    """As the README decodes them."""
+    run(workdir, tmp_path / "out", "--dtype=bfloat16")
+    stored = stored_by("npz", tmp_path / "out")
+    widened = (stored["embedding"].astype(np.uint32) << 16).view(np.float32)
+    want = checkpoint.load_run(workdir)[2]["embedding"].astype("bfloat16")
+    np.testing.assert_array_equal(widened, want.astype("float32"))
+
+
+def test_values_too_large_for_float16_are_refused(tmp_path):
+    big = {"a/b": np.array([1.0, -7e4], np.float32)}
+    with pytest.raises(ValueError, match="a/b has values up to 7e[+]04, too large"):
+        export.write(tmp_path / "out", big, {"dtype": "float16"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_numpy_forward_has_not_say_so(tmp_path):
+    cfg = tiny_config(model=dict(positions="functional")).model
+    assert "no positions='functional'" in export.verify_with_numpy(
+        tmp_path, cfg, {}, {}
+    )
+
+
+def test_numpys_logits_must_be_the_models(exported):
+    out, net, params = exported
+    batch = export.fixed_batch(net.cfg)
+    params = params | {"embedding": params["embedding"] * 1.01}
+    with pytest.raises(ValueError, match="differ from the model's by up to"):
+        export.verify_with_numpy(out, net.cfg, params, batch)
 
 
 def corrupt_bytes(path):
@@ -82,23 +158,23 @@ def truncate(path):
 
 def change_one_value(path):
     with np.load(path) as archive:
-        arrays = dict(archive)
-    arrays["encoder/blocks/00/mlp/up"][3, 4] += 1e-2
-    np.savez(path, **arrays)
+        stored = dict(archive)
+    stored["encoder/blocks/00/mlp/up"][3, 4] += 1e-2
+    np.savez(path, **stored)
 
 
 def lose_a_layer(path):
     with np.load(path) as archive:
-        arrays = dict(archive)
-    del arrays["encoder/blocks/00/mlp/up"]
-    np.savez(path, **arrays)
+        stored = dict(archive)
+    del stored["encoder/blocks/00/mlp/up"]
+    np.savez(path, **stored)
 
 
 def lose_an_array(path):
     with np.load(path) as archive:
-        arrays = dict(archive)
-    del arrays["output/kernel"]
-    np.savez(path, **arrays)
+        stored = dict(archive)
+    del stored["output/kernel"]
+    np.savez(path, **stored)
 
 
 @pytest.mark.parametrize(
@@ -134,20 +210,33 @@ def test_an_output_that_exists_is_only_replaced_when_asked(workdir, tmp_path):
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_a_failed_write_leaves_nothing_and_keeps_the_old(
-    workdir, tmp_path, monkeypatch
-):
-    run(workdir, tmp_path / "out", "--step=3")
-    before = (tmp_path / "out" / "params.npz").read_bytes()
-
-    def full_disk(path, **arrays):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        run(workdir, tmp_path / "out", "--overwrite")
-    with pytest.raises(OSError, match="No space"):
-        run(workdir, tmp_path / "new")
+@pytest.mark.parametrize("kind", export.FORMATS)
+def test_a_full_disk_leaves_nothing_and_keeps_the_old(kind, workdir, tmp_path):
+    out, small = tmp_path / "out", tmp_path / "small"
+    run(workdir, out, "--step=3", f"--format={kind}")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with largest_file(8_000), pytest.raises(OSError, match="nothing was changed"):
+        run(workdir, out, "--overwrite", f"--format={kind}")
+    with largest_file(8_000), pytest.raises(OSError, match="nothing was changed"):
+        run(workdir, small, f"--format={kind}")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "params.npz").read_bytes() == before
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Writes of this process fail behind `size` bytes of a file, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    slot = arrays.Slot((free,), np.dtype(np.float32), lambda: pytest.fail("was read"))
+    with pytest.raises(OSError, match="are free there"):
+        export.write(tmp_path / "out", arrays.Lazy({"a": slot}), {})
+    assert not list(tmp_path.iterdir())

@@ -77,7 +77,7 @@ def test_our_weights_in_their_model(reference, name):
 
 FAMILIES = (
     *("albert", "bart", "bert", "electra_discriminator", "electra_generator", "ernie"),
-    *("gpt", "gpt2", "nezha", "prophetnet", "roberta", "umt5"),
+    *("gpt", "gpt2", "mbart", "nezha", "prophetnet", "roberta", "umt5"),
     *("xlnet", "xlnet_mems", "xlnet_permuted"),
 )
 

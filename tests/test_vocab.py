@@ -123,10 +123,12 @@ def _small_model(**options) -> bytes:
 IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
 
 
-def test_a_model_without_padding_is_refused(tmp_path):
+def test_a_model_without_padding_gets_an_id_for_it(tmp_path):
     (tmp_path / "a.model").write_bytes(_small_model())
-    with pytest.raises(ValueError, match="pad -1.*all three must exist"):
-        vocabularies.load(str(tmp_path / "a.model"))
+    vocab = vocabularies.load(str(tmp_path / "a.model"), sentinels=7)
+    assert (vocab.pieces, vocab.pad_id, vocab.size) == (100, 100, 108)
+    # <unk>, <s>, </s> are SentencePiece's own 0, 1, 2.
+    assert (vocab.unk_id, vocab.special("bos"), vocab.eos_id) == (0, 1, 2)
 
 
 def test_a_model_with_sentinel_pieces_on_top_keeps_them(tmp_path):

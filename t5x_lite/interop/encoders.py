@@ -112,17 +112,26 @@ def tower(ours: str) -> Rows:
     )
 
 
+GENERATOR_HEAD: Rows = {
+    **dense("output/transform", "generator_predictions.dense"),
+    **norm("output/norm", "generator_predictions.LayerNorm"),
+    "output/bias": Row("generator_lm_head.bias"),
+    "output/kernel": Row("generator_lm_head.weight"),
+}
+GENERATOR_COPIES = {
+    "generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"
+}
 ELECTRA_GENERATOR = Table(
-    tower("generator")
-    | {
-        **dense("output/transform", "generator_predictions.dense"),
-        **norm("output/norm", "generator_predictions.LayerNorm"),
-        "output/bias": Row("generator_lm_head.bias"),
-        "output/kernel": Row("generator_lm_head.weight"),
-    },
-    {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    tower("generator") | GENERATOR_HEAD, GENERATOR_COPIES, UNUSED, whole=False
+)
+# A generator by itself is a masked LM.
+ELECTRA = Table(
+    under("", "electra.", EMBEDDINGS)
+    | under("stack/", "electra.", STACK)
+    | dense("inputs/project", "electra.embeddings_project")
+    | GENERATOR_HEAD,
+    GENERATOR_COPIES,
     UNUSED,
-    whole=False,
 )
 ELECTRA_DISCRIMINATOR = Table(
     tower("discriminator")

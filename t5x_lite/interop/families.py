@@ -66,7 +66,12 @@ SHAPE = dict(
 )
 BERT = SHAPE | dict(max_positions="max_position_embeddings")
 ABSOLUTE = dict(position_embedding_type="absolute", is_decoder=False)
-ELECTRA = BERT | dict(d_embed="embedding_size")
+# There is no projection between equal widths.
+ELECTRA = BERT | dict(
+    d_embed=lambda c: (
+        0 if c["embedding_size"] == c["hidden_size"] else c["embedding_size"]
+    )
+)
 ELECTRA_FIXED = MASKED | dict(generator_width=0.25)
 XLNET = dict(
     vocab_size="vocab_size",
@@ -156,7 +161,8 @@ FAMILIES = {
         _fixed(encoders.ROBERTA),
         SHAPE | dict(max_positions=lambda c: c["max_position_embeddings"] - 2),
         MASKED | dict(position_offset=2),
-        ABSOLUTE | dict(pad_token_id=1),
+        # Its head computes erf's gelu whatever hidden_act says.
+        ABSOLUTE | dict(pad_token_id=1, hidden_act="gelu"),
     ),
     "albert": Family(
         _fixed(encoders.ALBERT),
@@ -170,6 +176,9 @@ FAMILIES = {
     ),
     "electra_discriminator": Family(
         _fixed(encoders.ELECTRA_DISCRIMINATOR), ELECTRA, ELECTRA_FIXED, ABSOLUTE
+    ),
+    "electra": Family(
+        _fixed(encoders.ELECTRA), ELECTRA, MASKED, ABSOLUTE | dict(hidden_act="gelu")
     ),
     "xlnet": Family(
         _fixed(decoders.XLNET),
@@ -199,6 +208,13 @@ FAMILIES = {
         | dict(position_offset=2, output_bias=False),
         dict(scale_embedding=False),
     ),
+    "mbart": Family(
+        _fixed(seq2seq.MBART),
+        BART | dict(scale_embedding=lambda c: c.get("scale_embedding", False)),
+        CLASSIC
+        | dict(structure="encoder_decoder", embed_norm=True, norm_eps=1e-5)
+        | dict(position_offset=2, output_bias=False, norm_order="pre"),
+    ),
     "prophetnet": Family(
         _fixed(seq2seq.PROPHETNET),
         PROPHETNET,
@@ -208,6 +224,12 @@ FAMILIES = {
         dict(pad_token_id=0),
     ),
     "t5": Family(t5.table, T5, {}, activations=T5_ACTIVATIONS),
+    "mt5": Family(
+        t5.table,
+        T5 | dict(tie_embeddings=lambda c: False),  # whatever transformers 5 says
+        {},
+        activations=T5_ACTIVATIONS,
+    ),
     "umt5": Family(
         t5.table,
         T5 | dict(tie_embeddings=lambda c: False),  # whatever transformers 5 says

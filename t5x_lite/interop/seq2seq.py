@@ -1,5 +1,7 @@
 """Names of BART and ProphetNet."""
 
+import dataclasses
+
 from t5x_lite.interop.tables import (
     HEADS_IN,
     HEADS_OUT,
@@ -64,6 +66,15 @@ BART = Table(
         "model.shared.weight",
     ),
     zeros=("final_logits_bias",),
+)
+# MBartForConditionalGeneration: norms before the sublayers, so each stack ends in one.
+MBART = dataclasses.replace(
+    BART,
+    rows={
+        **BART.rows,
+        **norm("encoder/norm", "model.encoder.layer_norm"),
+        **norm("decoder/norm", "model.decoder.layer_norm"),
+    },
 )
 
 

@@ -6,12 +6,13 @@ Arrays are NumPy. A family is a literal dict of rows; see `t5.py` and `families.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from t5x_lite import model, parameters
+from t5x_lite.arrays import Lazy
 from t5x_lite.config import ModelConfig
 
 
@@ -53,6 +54,20 @@ class Table:
     unused: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     whole: bool = True
+
+
+class Imported(NamedTuple):
+    """What a reader of another code's checkpoint gives.
+
+    Attributes:
+        params: our flat name ('decoder/blocks/attention/query') -> array, all layers;
+            may be `arrays.Lazy`.
+        extras: what else was found; see the reader.
+    """
+
+    cfg: ModelConfig
+    params: Mapping[str, np.ndarray]
+    extras: dict
 
 
 class Place(NamedTuple):
@@ -111,24 +126,47 @@ def places(table: Table, cfg: ModelConfig) -> dict[str, Place]:
 
 def to_theirs(table: Table, params: Mapping, cfg: ModelConfig) -> dict[str, np.ndarray]:
     """Our nested parameters -> their whole state dict, copies included."""
-    parts: dict[str, dict[int, np.ndarray]] = {}
-    for ours, (row, theirs, shape) in places(table, cfg).items():
+
+    def ours(name: str) -> np.ndarray:
         value = params
-        for key in ours.split("/"):
+        for key in name.split("/"):
             value = value[key]
-        each = np.asarray(value).reshape(len(theirs), *shape)
-        for name, one in zip(theirs, each, strict=True):
-            one = np.roll(one, -row.roll, axis=0) if row.roll else one
-            parts.setdefault(name, {})[row.part[0]] = _forward(one, row.axes)
-    out = {
-        name: np.ascontiguousarray(
-            np.concatenate([by[k] for k in sorted(by)], axis=-1)
-            if len(by) > 1
-            else by[0]
-        )
-        for name, by in parts.items()
-    }
+        return np.asarray(value)
+
+    out = {name: read(ours) for name, (_, read) in recipes(table, cfg).items()}
     return out | {k: out[v] for k, v in table.copies.items() if k not in out}
+
+
+Recipe = tuple[tuple[int, ...], Callable[[Callable[[str], np.ndarray]], np.ndarray]]
+
+
+def recipes(table: Table, cfg: ModelConfig) -> dict[str, Recipe]:
+    """Their name, without copies -> (shape, what makes the array).
+
+    What makes it is given a function: our flat name -> array of all layers. Names that
+    need the same of ours stand together.
+    """
+    parts: dict[str, dict[int, tuple[str, Place, int]]] = {}
+    for ours, place in places(table, cfg).items():
+        for i, name in enumerate(place.theirs):
+            parts.setdefault(name, {})[place.row.part[0]] = ours, place, i
+
+    def recipe(by: dict[int, tuple[str, Place, int]]) -> Recipe:
+        sources = [by[k] for k in sorted(by)]
+
+        def make(ours_of: Callable[[str], np.ndarray]) -> np.ndarray:
+            each = []
+            for ours, (row, theirs, shape), i in sources:
+                one = ours_of(ours).reshape(len(theirs), *shape)[i]
+                one = np.roll(one, -row.roll, axis=0) if row.roll else one
+                each.append(_forward(one, row.axes))
+            whole = np.concatenate(each, axis=-1) if len(each) > 1 else each[0]
+            return np.ascontiguousarray(whole)
+
+        _, (row, _, shape), _ = sources[0]
+        return _their_shape(shape, row), make
+
+    return {name: recipe(by) for name, by in parts.items()}
 
 
 def from_theirs(
@@ -141,6 +179,31 @@ def from_theirs(
         shape, or that should be copies of another and are not.
     """
     all_places = places(table, cfg)
+    check(table, all_places, weights, cfg)
+    params: dict = {}
+    for ours, place in all_places.items():
+        *path, last = ours.split("/")
+        at = params
+        for key in path:
+            at = at.setdefault(key, {})
+        at[last] = gather(place, weights)
+    return params
+
+
+def gather(place: Place, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One of our parameters, all layers, from their state dict."""
+    row, theirs, shape = place
+    each = [_back(_part(np.asarray(weights[n]), row), row, shape) for n in theirs]
+    return np.stack(each) if "{i}" in row.theirs else each[0]
+
+
+def check(
+    table: Table,
+    all_places: dict[str, Place],
+    weights: Mapping[str, np.ndarray],
+    cfg: ModelConfig,
+):
+    """Raises the ValueError of `from_theirs`; reads shapes, and copies and zeros."""
     problems = _problems(table, all_places, weights)
     if problems:
         raise ValueError(
@@ -149,15 +212,6 @@ def from_theirs(
             f"{cfg.tie_embeddings}, classes={cfg.classes}); set config.model to the "
             "shape the weights were made with:\n  - " + "\n  - ".join(problems)
         )
-    params: dict = {}
-    for ours, (row, theirs, shape) in all_places.items():
-        each = [_back(_part(np.asarray(weights[n]), row), row, shape) for n in theirs]
-        *path, last = ours.split("/")
-        at = params
-        for key in path:
-            at = at.setdefault(key, {})
-        at[last] = np.stack(each) if "{i}" in row.theirs else each[0]
-    return params
 
 
 def _problems(table: Table, all_places: dict[str, Place], weights) -> list[str]:
@@ -173,8 +227,7 @@ def _problems(table: Table, all_places: dict[str, Place], weights) -> list[str]:
         if not any(re.fullmatch(pattern, name) for pattern in table.unused):
             problems.append(f"unexpected: {name}")
     for name, shape in wanted.items():
-        if name in weights and np.shape(weights[name]) != shape:
-            got = np.shape(weights[name])
+        if name in weights and (got := _shape(weights, name)) != shape:
             problems.append(f"shape {got} instead of {shape}: {name}")
     for copy, name in copies.items():
         both = [weights[n] for n in (copy, name) if n in weights]
@@ -182,6 +235,14 @@ def _problems(table: Table, all_places: dict[str, Place], weights) -> list[str]:
             problems.append(f"not equal to {name}: {copy}")
     problems += [f"not zero: {name}" for name in sorted(zeros) if weights[name].any()]
     return problems
+
+
+def _shape(weights: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
+    return (
+        weights.slots[name].shape
+        if isinstance(weights, Lazy)
+        else np.shape(weights[name])
+    )
 
 
 def _axes(axes: str) -> tuple[str, list[str]]:

@@ -292,6 +292,13 @@ CASES = {
     "umt5": Case(
         "UMT5ForConditionalGeneration", UMT5, seq2seq, LOGITS, tied=False,
     ),
+    # Pre-norm BART with a norm at the end of both stacks; embeddings times sqrt(D).
+    "mbart": Case(
+        "MBartForConditionalGeneration",
+        BART | dict(vocab_size=59, d_model=28, encoder_attention_heads=2,
+                    decoder_attention_heads=2, scale_embedding=True),
+        seq2seq, LOGITS,
+    ),
 }
 # fmt: on
 

@@ -1,0 +1,270 @@
+"""Weights of other tools in and out: Hugging Face, T5X.
+
+    python -m t5x_lite.convert --from=hf:DIR --to=runs/bert
+    python -m t5x_lite.train --config=runs/bert/config.json --workdir=runs/bert \\
+        --config.data.train='corpus/*.jsonl' --config.data.heldout=heldout.jsonl
+    python -m t5x_lite.convert --from=runs/bert --to=hf:NEW_DIR --dtype=bfloat16
+    python -m t5x_lite.convert --diff hf:DIR hf:NEW_DIR
+
+hf:DIR   config.json, model.safetensors (or several with their index, or
+         pytorch_model.bin where torch is installed), and tokenizer files; ELECTRA: a
+         directory that holds generator/ and discriminator/
+t5x:DIR  a checkpoint of T5X, legacy (one file) or a directory
+WORKDIR  of a run, or to be made: a checkpoint of step 0 with the parameters,
+         config.json, and the tokenizer files in WORKDIR/huggingface
+
+A converted workdir is one of `evaluate`, `generate`, `export` and `train`, which starts
+from its parameters with a fresh optimizer; another run starts from them with
+--config.init_from=WORKDIR. What --to names must not exist.
+
+--diff compares any two of these, and exports (npz, npy, safetensors): names, shapes,
+dtypes and the largest difference, the worst first. It exits with 1 if a name, a shape
+or a value differs.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+
+from t5x_lite import arrays, checkpoint, cli, export, stored
+from t5x_lite import config as config_lib
+from t5x_lite.arrays import Lazy
+from t5x_lite.interop import families, hf_config, huggingface, t5x, workdirs
+from t5x_lite.interop.tables import Imported
+
+FORMATS = ("hf", "t5x")
+
+
+class Spec(NamedTuple):
+    """`hf:DIR` -> ("hf", DIR); a workdir, or arrays in files, has no format."""
+
+    format: str
+    path: pathlib.Path
+
+    @classmethod
+    def of(cls, text: str, flag: str) -> "Spec":
+        kind, colon, rest = text.partition(":")
+        if not colon:
+            return cls("", pathlib.Path(text))
+        if kind not in FORMATS or not rest:
+            raise ValueError(
+                f"{flag}={text!r}: give hf:DIR, t5x:DIR or the directory of a run"
+                f"{config_lib.nearest(kind, FORMATS)}"
+            )
+        return cls(kind, pathlib.Path(rest))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--from", dest="source", help="hf:DIR, t5x:DIR or WORKDIR")
+    parser.add_argument("--to", help="hf:DIR, t5x:DIR or WORKDIR, to be made")
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two")
+    known = sorted(families.FAMILIES)
+    parser.add_argument(
+        "--family", default="", choices=["", *known], help="default: by the config"
+    )
+    parser.add_argument(
+        "--dtype", choices=list(arrays.DTYPES), default="float32", help="of hf: files"
+    )
+    parser.add_argument(
+        *("--shard_size", "--shard-size"),
+        type=float,
+        default=5.0,
+        help="most GB of one file (default 5)",
+    )
+    parser.add_argument(
+        "--config", default="", help="of the workdir, but for its model; FILE.py[:ARG]"
+    )
+    parser.add_argument("--vocab", default="", help="of the workdir; see data.vocab")
+    parser.add_argument("--sentinels", type=int, default=-1, help="see data.sentinels")
+    parser.add_argument(
+        "--fresh", action="store_true", help="draw the parameters that are missing"
+    )
+    parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 = latest")
+    flags = parser.parse_args(argv)
+    if flags.diff:
+        if flags.source or flags.to:
+            raise ValueError("--diff A B goes without --from and --to.")
+        return difference(*flags.diff)
+    if not flags.source or not flags.to:
+        raise ValueError("give --from and --to, or --diff A B; see --help.")
+    if flags.shard_size <= 0:
+        raise ValueError(f"--shard_size={flags.shard_size} must be above 0 (GB).")
+    source, to = Spec.of(flags.source, "--from"), Spec.of(flags.to, "--to")
+    if bool(source.format) == bool(to.format):
+        raise ValueError(
+            f"--from={flags.source} --to={flags.to}: one of them is the directory of a "
+            "run, the other hf:DIR or t5x:DIR. From one format to another, make a "
+            "workdir in between."
+        )
+    with fresh_directory(to.path) as made:
+        if source.format:
+            import_run(source, to.path, made, flags)
+        else:
+            export_run(source.path, to, made, flags)
+    print(f"wrote {flags.to}")
+    return 0
+
+
+@contextlib.contextmanager
+def fresh_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary directory that becomes `path` when all of it is written.
+
+    Raises:
+      ValueError: if `path` is there already.
+      OSError: if it cannot be written; nothing is left of it then.
+    """
+    path = path.absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"--to={path} exists. Give a new directory.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.tmp-"
+    made = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+    try:
+        made.chmod(0o755)
+        yield made
+        made.replace(path)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def import_run(source: Spec, to: pathlib.Path, made: pathlib.Path, flags):
+    """Writes a workdir into `made`, which becomes `to`."""
+    if source.format == "hf":
+        found = huggingface.read(source.path, family=flags.family, fresh=flags.fresh)
+    else:
+        found = t5x.read(source.path)
+    for name in found.extras.get("fresh", ()):
+        print(f"DRAWN, not in the files: {name}")
+    for note in found.extras.get("notes", ()):
+        print(f"note: {note}")
+    raw = cli.load_config(flags.config) if flags.config else None
+    chosen = dict(spec=flags.vocab, sentinels=flags.sentinels)
+    run = workdirs.config_of(found, raw, to, **chosen)
+    for note in run.notes:
+        print(f"note: {note}")
+    workdirs.write(made, run)
+    count = sum(math.prod(slot.shape) for slot in run.params.slots.values())
+    print(
+        f"{run.family}, {run.cfg.model.structure}: {count:,} parameters; "
+        f"config.data.vocab={run.cfg.data.vocab!r}"
+    )
+
+
+def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
+    """Writes a checkpoint of a workdir into `made`."""
+    cfg, step, meta = checkpoint.read_run(source, flags.step)
+    params = stored.open_params(source, step)
+    if to.format == "t5x":
+        opt = t5x.opt_in(source, step)
+        if opt is None:
+            print("note: without the optimizer's state, which is not Adafactor's")
+        t5x.write(made, cfg.model, params, step=step, opt=opt)
+        return
+    theirs, files = workdirs.kept(source)
+    family = flags.family or meta.get("family", "")
+    if theirs and family and theirs.get("model_type") != hf_config.THEIRS[family].type:
+        theirs = {}
+    model, notes = cfg.model, []
+    if theirs.get("vocab_size", model.vocab_size) < model.vocab_size:
+        params = workdirs.with_rows(params, theirs["vocab_size"])
+        model = dataclasses.replace(model, vocab_size=theirs["vocab_size"])
+    if not theirs and not files:
+        theirs, files, notes = workdirs.tokenizer_of(cfg, made)
+    notes += huggingface.write(
+        made,
+        model,
+        params,
+        family=family,
+        dtype=flags.dtype,
+        shard_bytes=int(flags.shard_size * 1e9),
+        theirs=theirs,
+        files=files,
+    )
+    for note in notes:
+        print(f"note: {note}")
+
+
+def difference(a: str, b: str) -> int:
+    """Prints what differs; 1 if a name, a shape or a value does."""
+    left, right = open_any(a), open_any(b)
+    if left.ours != right.ours:  # names of one kind
+        left, right = (side if side.ours else side.as_ours() for side in (left, right))
+    one, other = left.arrays, right.arrays
+    if left.ours and _unrolled(one) != _unrolled(other):
+        one, other = (x if _unrolled(x) else export.unroll(x) for x in (one, other))
+    rows = list(differences(one, other))
+    for _, line in sorted(rows, key=lambda row: (-row[0], row[1])):
+        print(line)
+    wrong = sum(worst > 0 for worst, _ in rows)
+    print(
+        f"{wrong} of {len({*one, *other})} arrays differ" if wrong else "no difference"
+    )
+    return 1 if wrong else 0
+
+
+def differences(a: Lazy, b: Lazy) -> Iterator[tuple[float, str]]:
+    """(how much, a line) of each array; 0.0 = equal values, inf = of another shape."""
+    for name in tqdm.tqdm(sorted({*a, *b}), unit="array", disable=None):
+        one, other = a.slots.get(name), b.slots.get(name)
+        if one is None or other is None:
+            have, where = (one, "A") if other is None else (other, "B")
+            assert have is not None
+            yield np.inf, f"only in {where}  {have.shape} {have.dtype}  {name}"
+        elif one.shape != other.shape:
+            yield np.inf, f"shape {one.shape} in A, {other.shape} in B  {name}"
+        else:
+            same = one.dtype == other.dtype
+            kind = f"{one.dtype}" if same else f"{one.dtype} in A, {other.dtype} in B"
+            x, y = (np.asarray(s.read(), np.float64) for s in (one, other))
+            worst = 0.0
+            if not np.array_equal(x, y, equal_nan=True):
+                worst = float(np.max(np.abs(x - y)))
+                worst = np.inf if np.isnan(worst) else worst
+            if worst or not same:
+                yield worst, f"{worst:<10.3g} {one.shape} {kind}  {name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of two that are compared."""
+
+    arrays: Lazy
+    ours: bool
+    spec: Spec
+
+    def as_ours(self) -> "Side":
+        found: Imported = huggingface.read(self.spec.path)
+        return Side(Lazy.of(found.params), True, self.spec)
+
+
+def open_any(text: str) -> Side:
+    """The arrays of hf:DIR, t5x:DIR, a workdir, an export or a file."""
+    spec = Spec.of(text, "--diff")
+    if spec.format == "t5x":
+        return Side(Lazy.of(t5x.read(spec.path).params), True, spec)
+    if spec.format == "hf":
+        if all((spec.path / half).is_dir() for half in huggingface.HALVES):
+            return Side(Lazy.of(huggingface.read(spec.path).params), True, spec)
+        return Side(huggingface.open_weights(spec.path), False, spec)
+    if (spec.path / "checkpoints").is_dir():
+        _, step, _ = checkpoint.read_run(spec.path)
+        return Side(stored.open_params(spec.path, step), True, spec)
+    return Side(arrays.open_arrays(spec.path), True, spec)
+
+
+def _unrolled(found: Mapping[str, Any]) -> bool:
+    return any(export.LAYER.search(name) for name in found)
+
+
+if __name__ == "__main__":
+    cli.run(main)
