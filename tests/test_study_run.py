@@ -1,4 +1,4 @@
-"""Ladders, grids, plans, and running, stopping and resuming a study. About 60 s."""
+"""Ladders, grids, plans, and running, stopping and resuming a study. About 40 s."""
 
 import dataclasses
 import json
