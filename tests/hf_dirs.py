@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from t5x_lite import convert
+from t5x_lite import convert, model, parameters
 from t5x_lite.config import ModelConfig
 from t5x_lite.interop import hf_config, t5
 from tests import parity_families as pf
@@ -80,6 +80,15 @@ def write(
 
 def run(*flags: object) -> int:
     return convert.main([str(flag) for flag in flags])
+
+
+def drawn(cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """Random parameters by our flat names, small as after a fresh start."""
+    rng = np.random.default_rng(0)
+    return {
+        name: 0.1 * rng.standard_normal(p.get_value().shape, np.float32)
+        for name, p in parameters.declared(model.build(cfg)).items()
+    }
 
 
 def flattened(params) -> dict[str, np.ndarray]:

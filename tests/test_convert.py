@@ -12,13 +12,12 @@ import pytest
 
 from configs.models import PRESETS
 from t5x_lite import arrays, checkpoint, parameters
-from t5x_lite import model as model_lib
 from t5x_lite.config import ModelConfig
 from t5x_lite.interop import families, hf_config, huggingface
 from t5x_lite.model_config import generator_config
 from tests import hf_dirs, parity
 from tests import parity_families as pf
-from tests.hf_dirs import SMALL, flattened, run
+from tests.hf_dirs import SMALL, run
 
 NAMES = sorted(hf_dirs.FAMILIES)
 
@@ -236,8 +235,7 @@ FITS = {
 def test_runs_of_ours_find_their_family_and_come_back(preset, tmp_path):
     shape = PRESETS[preset] | SMALL | dict(encoder_layers=2, decoder_layers=2)
     cfg = ModelConfig(**shape | dict(max_positions=40) | OURS[preset])
-    drawn = parameters.init_params(model_lib.build(cfg), jax.random.key(1))
-    flat = flattened(drawn)
+    flat = hf_dirs.drawn(cfg)
     huggingface.write(tmp_path, cfg, flat)
     found = huggingface.read(tmp_path)
     assert found.extras["family"] == FITS[preset]

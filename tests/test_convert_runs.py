@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.models import PRESETS
-from t5x_lite import checkpoint, model, parameters, step, train, vocab
+from t5x_lite import checkpoint, step, train, vocab
 from t5x_lite.config import ModelConfig
 from t5x_lite.interop import huggingface, workdirs
 from tests import hf_dirs, parity, tiny
@@ -28,9 +28,8 @@ def tiny_source(preset: str, path: pathlib.Path, files: dict, **more) -> ModelCo
     """A directory of theirs with a random small model and tokenizer files."""
     shape = PRESETS[preset] | SMALL | dict(encoder_layers=2, decoder_layers=2)
     cfg = ModelConfig(**shape | more)
-    drawn = parameters.init_params(model.build(cfg), jax.random.key(3))
     path.mkdir()
-    huggingface.write(path, cfg, flattened(drawn), files=files)
+    huggingface.write(path, cfg, hf_dirs.drawn(cfg), files=files)
     return cfg
 
 
