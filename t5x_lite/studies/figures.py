@@ -394,9 +394,6 @@ def all_figures(found: Analysis) -> dict[str, tuple[str, str, Figure | str]]:
             frontier(found, f),
         )
     if not any(f.scales for f in found.families):
-        told["frontier"] = (
-            "Compute-optimal frontier",
-            "",
-            "All cells of a family have about the same size or budget.",
-        )
+        why = "All cells of a family have about the same size or budget."
+        told["frontier"] = ("Compute-optimal frontier", "", why)
     return told

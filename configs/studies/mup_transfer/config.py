@@ -15,11 +15,12 @@ one seed of most rates (`--only=d256 --seeds=0`). Best rate and its held-out los
 | 96 | 0.0010: 2.69 | 0.0312: 3.10 |
 | 256 | 0.0010: 2.51 | 0.0312: 3.10 |
 
-No evidence for a transfer, since there was nothing to transfer: 150 steps leave the base
-at what a unigram predictor knows (3.11), and muP makes the wide models learn as the base
-does. Standard ones learn more, the wider the faster, at an eighth of the rate that is
-best for the base. It takes a base that learns in the steps it is given; the coordinate
-check (tests/test_mup.py) is what speaks for the implementation.
+No evidence for a transfer, since there was nothing to transfer: 150 steps leave the
+base at what a unigram predictor knows (3.11), and muP makes the wide models learn as
+the base does, at every rate (figure.png). Standard ones learn more, the wider the
+faster, at an eighth of the base's best rate or less. It takes a base that learns in the
+steps it is given; the coordinate check (tests/test_mup.py) is what speaks for the
+implementation.
 """
 
 from t5x_lite.studies import grid

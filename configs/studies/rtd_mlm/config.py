@@ -29,7 +29,7 @@ Nats per masked byte after the fine-tuning, mean and standard deviation of three
 The paper's gain does not show: after 710 steps the discriminator gives the fine-tuning
 nothing that can be told from noise; the masked LM, with 962 steps for the same compute,
 does, but seeds differ by 0.5 in whether they have begun to read context. The task is
-the masked LM's own, and 8e11 FLOPs are where either only begins. report.html has it all.
+the masked LM's own, and 8e11 FLOPs are where either only begins. report.html has more.
 """
 
 from t5x_lite.studies import grid, ladders
