@@ -105,7 +105,7 @@ def test_wrong_overrides_name_the_way_out(override, message):
     "name, content, message",
     [
         ("demo.py", None, "there is no file"),
-        ("a.txt", "x", "no Python file"),
+        ("a.txt", "x", "neither a .py file nor"),
         ("a.py", "x = 1", "does not define get_config"),
         ("a.py", "def get_config(arg=''):\n    return 1 / 0", "division.*line 2"),
         ("a.py", "def get_config(", "SyntaxError"),
