@@ -121,6 +121,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self):
+        """Waits as `wait` does, and ends the writers."""
         with self._write_errors():
             self._manager.close()
 
@@ -155,7 +156,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """What `save` was given as meta."""
-        with self._read_errors(step):
+        with self.read_errors(step):
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
@@ -163,7 +164,7 @@ class Checkpoints:
 
     def restore(self, step: int, abstract_state):
         """The state at `step`, placed as `abstract_state` says (any mesh)."""
-        with self._read_errors(step):
+        with self.read_errors(step):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
@@ -171,7 +172,8 @@ class Checkpoints:
         return restored["state"]
 
     @contextlib.contextmanager
-    def _read_errors(self, step: int):
+    def read_errors(self, step: int):
+        """Whatever fails inside is a ValueError that names the step and a way out."""
         try:
             yield
         except _ERRORS as e:
@@ -341,7 +343,7 @@ def load_params(workdir, step: int, abstract_params: dict) -> dict:
     """
     reader = Checkpoints(workdir, config_lib.CheckpointConfig(), reader=True)
     try:
-        with reader._read_errors(step):
+        with reader.read_errors(step):
             return _restore_params(
                 reader.directory / str(step) / "state", abstract_params
             )

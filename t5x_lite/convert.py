@@ -41,6 +41,15 @@ from t5x_lite.interop import families, hf_config, huggingface, t5x, workdirs
 from t5x_lite.interop.tables import Imported
 
 FORMATS = ("hf", "t5x")
+# Flag -> where it does something: what is read, or what is written.
+USED = {
+    "family": ("--from=hf:", "--to=hf:"),
+    **dict.fromkeys(("config", "vocab", "sentinels"), ("--from=hf:", "--from=t5x:")),
+    "fresh": ("--from=hf:",),
+    **dict.fromkeys(("dtype", "shard_size"), ("--to=hf:",)),
+    **dict.fromkeys(("scanned", "legacy"), ("--to=t5x:",)),
+    "step": ("--to=hf:", "--to=t5x:"),
+}
 
 
 class Spec(NamedTuple):
@@ -51,6 +60,11 @@ class Spec(NamedTuple):
 
     @classmethod
     def of(cls, text: str, flag: str) -> "Spec":
+        """What `--flag=text` names.
+
+        Raises:
+          ValueError: it is none of these.
+        """
         kind, colon, rest = text.partition(":")
         if not colon:
             return cls("", pathlib.Path(text))
@@ -63,6 +77,7 @@ class Spec(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; 1 if --diff finds a difference, else 0."""
     parser = cli.parser(__doc__)
     parser.add_argument("--from", dest="source", help="hf:DIR, t5x:DIR or WORKDIR")
     parser.add_argument("--to", help="hf:DIR, t5x:DIR or WORKDIR, to be made")
@@ -89,8 +104,16 @@ def main(argv: list[str] | None = None) -> int:
         "--fresh", action="store_true", help="draw the parameters that are missing"
     )
     parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 = latest")
+    parser.add_argument(
+        "--scanned", action="store_true", help="t5x: for its scan_layers (umT5)"
+    )
+    parser.add_argument(
+        "--legacy", action="store_true", help="t5x: DIR/checkpoint_STEP, a file"
+    )
     flags = parser.parse_args(argv)
+    given = [name for name in USED if getattr(flags, name) != parser.get_default(name)]
     if flags.diff:
+        check_flags(given, "--diff")
         if flags.source or flags.to:
             raise ValueError("--diff A B goes without --from and --to.")
         return difference(*flags.diff)
@@ -105,6 +128,9 @@ def main(argv: list[str] | None = None) -> int:
             "run, the other hf:DIR or t5x:DIR. From one format to another, make a "
             "workdir in between."
         )
+    check_flags(
+        given, f"--from={source.format}:" if source.format else f"--to={to.format}:"
+    )
     with fresh_directory(to.path) as made:
         if source.format:
             import_run(source, to.path, made, flags)
@@ -112,6 +138,17 @@ def main(argv: list[str] | None = None) -> int:
             export_run(source.path, to, made, flags)
     print(f"wrote {flags.to}")
     return 0
+
+
+def check_flags(given: list[str], direction: str):
+    """Refuses flags that would be ignored in this direction, a prefix of USED."""
+    for name in given:
+        if direction not in USED[name]:
+            allowed = " and ".join(USED[name])
+            raise ValueError(
+                f"--{name} does nothing with {direction}; it is for {allowed}. Leave "
+                "it out."
+            )
 
 
 @contextlib.contextmanager
@@ -123,6 +160,9 @@ def fresh_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
       OSError: if it cannot be written; nothing is left of it then.
     """
     path = path.absolute()
+    for above in path.parents:
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"--to={path}: {above} is a file. Give a new directory.")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"--to={path} exists. Give a new directory.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +192,8 @@ def import_run(source: Spec, to: pathlib.Path, made: pathlib.Path, flags):
     run = workdirs.config_of(found, raw, to, **chosen)
     for note in run.notes:
         print(f"note: {note}")
-    workdirs.write(made, run)
+    for note in workdirs.write(made, run):
+        print(f"note: {note}")
     count = sum(math.prod(slot.shape) for slot in run.params.slots.values())
     print(
         f"{run.family}, {run.cfg.model.structure}: {count:,} parameters; "
@@ -165,21 +206,36 @@ def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
     cfg, step, meta = checkpoint.read_run(source, flags.step)
     params = stored.open_params(source, step)
     if to.format == "t5x":
-        opt = t5x.opt_in(source, step)
-        if opt is None:
+        opt = None if flags.scanned else t5x.opt_in(source, step)
+        if flags.scanned:
+            print("note: without the optimizer's state, which T5X factors otherwise")
+        elif opt is None:
             print("note: without the optimizer's state, which is not Adafactor's")
-        t5x.write(made, cfg.model, params, step=step, opt=opt)
+        how = dict(scanned=flags.scanned, legacy=flags.legacy)
+        path = made / f"checkpoint_{step}" if flags.legacy else made
+        t5x.write(path, cfg.model, params, step=step, opt=opt, **how)
         return
     theirs, files = workdirs.kept(source)
     family = flags.family or meta.get("family", "")
     if theirs and family and theirs.get("model_type") != hf_config.THEIRS[family].type:
         theirs = {}
     model, notes = cfg.model, []
-    if theirs.get("vocab_size", model.vocab_size) < model.vocab_size:
-        params = workdirs.with_rows(params, theirs["vocab_size"])
-        model = dataclasses.replace(model, vocab_size=theirs["vocab_size"])
-    if not theirs and not files:
-        theirs, files, notes = workdirs.tokenizer_of(cfg, made)
+    rows = theirs.get("vocab_size", model.vocab_size)
+    if rows < model.vocab_size and files and workdirs.zeros_from(params, rows):
+        notes.append(
+            f"{model.vocab_size} ids, of which those from {rows} on have rows of "
+            f"zeros: vocab_size={rows} was written, as it was read"
+        )
+        params = workdirs.with_rows(params, rows)
+        model = dataclasses.replace(model, vocab_size=rows)
+    elif rows < model.vocab_size:
+        notes.append(
+            f"vocab_size={model.vocab_size} was written, {rows} was read: the rows "
+            "that were added are no longer zero, or the vocabulary is another"
+        )
+    if not files:
+        ids, files, more = workdirs.tokenizer_of(cfg, made)
+        theirs, notes = {**theirs, **ids}, [*notes, *more]
     notes += huggingface.write(
         made,
         model,
@@ -243,6 +299,7 @@ class Side:
     spec: Spec
 
     def as_ours(self) -> "Side":
+        """The same parameters by our names."""
         found: Imported = huggingface.read(self.spec.path)
         return Side(Lazy.of(found.params), True, self.spec)
 

@@ -48,6 +48,7 @@ from t5x_lite.stored import open_params
 
 LAYER = re.compile(r"/blocks/(\d+)/")
 LAYOUTS = ("unrolled", "stacked")
+WRITTEN = ("step", "layers", "dtype", "config", "data")  # in config.json
 # Of NumPy's logits and the model's: the largest difference over the largest logit.
 NUMPY_TOLERANCE = 1e-4
 
@@ -98,18 +99,24 @@ def check_output(output: pathlib.Path, overwrite: bool):
         r"config\.json|params|params\.npz|params(-\d+-of-\d+)?\.safetensors"
         r"|params\.safetensors\.index\.json"
     )
-    foreign = not output.is_dir() or not all(
-        ours.fullmatch(path.name) for path in output.iterdir()
-    )
-    if foreign:
+    names = [path.name for path in output.iterdir()] if output.is_dir() else [""]
+    if names and not (all(map(ours.fullmatch, names)) and _is_export(output)):
         raise ValueError(
             f"--output={output} exists and is not an export. Give a new directory."
         )
-    if any(output.iterdir()) and not overwrite:
+    if names and not overwrite:
         raise ValueError(
             f"--output={output} already holds an export. Replace it with --overwrite, "
             "or give a new directory."
         )
+
+
+def _is_export(output: pathlib.Path) -> bool:
+    try:
+        about = json.loads((output / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and {*WRITTEN} <= {*about}
 
 
 def flatten(params: dict) -> dict[str, np.ndarray]:

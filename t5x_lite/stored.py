@@ -24,7 +24,7 @@ def open_params(workdir, step: int = -1) -> Lazy:
     cfg, step, _ = checkpoint.read_run(workdir, step)
     reader = checkpoint.Checkpoints(workdir, config_lib.CheckpointConfig(), reader=True)
     reader.close()
-    path, reading = reader.directory / str(step) / "state", reader._read_errors
+    path, reading = reader.directory / str(step) / "state", reader.read_errors
 
     def read(name: str, stored: jax.ShapeDtypeStruct) -> np.ndarray:
         key = ("params", *name.split("/"))

@@ -210,6 +210,18 @@ def test_an_output_that_exists_is_only_replaced_when_asked(workdir, tmp_path):
     assert (out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("config", ['{"model_type": "t5"}', "[1]", "no JSON", None])
+def test_a_directory_that_only_looks_like_an_export_is_kept(config, workdir, tmp_path):
+    out = tmp_path / "foreign"
+    out.mkdir()
+    (out / "params.npz").write_text("mine")
+    if config is not None:
+        (out / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="not an export"):
+        run(workdir, out, "--overwrite")
+    assert (out / "params.npz").read_text() == "mine"
+
+
 @pytest.mark.parametrize("kind", export.FORMATS)
 def test_a_full_disk_leaves_nothing_and_keeps_the_old(kind, workdir, tmp_path):
     out, small = tmp_path / "out", tmp_path / "small"

@@ -252,7 +252,7 @@ def powers(structure: str, optimizer: str, grow: str = "heads") -> dict:
 
 
 # The others take minutes.
-FAST = [("decoder", "adamw"), ("decoder", "adafactor")]
+FAST = [("decoder", "adamw")]
 ALL = [(s, o) for s in STRUCTURES for o in OPTIMIZERS]
 
 

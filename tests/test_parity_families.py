@@ -149,7 +149,7 @@ def test_configs_that_our_model_does_not_compute_are_refused(name, change, probl
 def test_a_config_without_a_key_is_refused():
     theirs = json.loads(str(pf.load("bert")["config"]))
     del theirs["hidden_act"]
-    with pytest.raises(KeyError, match="hidden_act"):
+    with pytest.raises(ValueError, match="hidden_act"):
         families.model_config("bert", theirs)
 
 
@@ -167,19 +167,6 @@ def test_streams_see_what_the_released_prophetnet_shows_them():
     np.testing.assert_array_equal(
         stream["query_ranks"][0], [[0, 1, 2, 3], [0, 0, 1, 2], [0, 0, 0, 1]]
     )
-
-
-def test_electra_is_read_from_both_models():
-    arrays, cfg = golden("electra_discriminator")
-    discriminator = pf.weights(arrays)
-    other = parameters.init_params(model_lib.build(cfg), jax.random.key(0))
-    generator = families.to_hf("electra_generator", other, cfg)
-    with pytest.raises(ValueError, match="not trained together"):
-        families.electra_from_hf(generator, discriminator, cfg)
-    whole = pf.our_params("electra_discriminator", cfg, arrays)
-    generator = families.to_hf("electra_generator", whole, cfg)
-    params = families.electra_from_hf(generator, discriminator, cfg)
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, whole))
 
 
 OF_PRESETS = dict(

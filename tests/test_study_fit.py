@@ -275,6 +275,16 @@ def test_reading_forgives_a_torn_line_and_nothing_else(tmp_path):
     made.write(path, [{k: v for k, v in lines[0].items() if k != "tokens"}])
     with pytest.raises(ValueError, match="line 1, has no tokens"):
         records.read(path)
+    good = json.dumps(lines[0]) + "\n"
+    for bad in (good[:50], "[1]", "", '{"seed": '):
+        path.write_text(good + bad + "\n" + good)
+        with pytest.raises(
+            ValueError, match="results.jsonl, line 2, is no JSON object"
+        ):
+            records.read(path)
+    made.write(path, [lines[0], lines[0] | {"heldout_loss": "low"}])
+    with pytest.raises(ValueError, match="jsonl, line 2: heldout_loss='low' is no num"):
+        records.read(path)
 
 
 def test_command_writes_numbers_with_intervals(tmp_path, capsys):
@@ -299,6 +309,7 @@ def test_command_writes_numbers_with_intervals(tmp_path, capsys):
         ("--parameters=all", "total, embedding, non_embedding"),
         ("--level=2", "--level=2: a number above 0 and below 1"),
         ("--replicates=ten", "--replicates=ten: a number above 39"),
+        (f"--output={__file__}", "is a file. Give a directory"),
     ],
 )
 def test_wrong_flags_name_the_way_out(tmp_path, flag, message):

@@ -10,7 +10,7 @@ import pytest
 from matplotlib import image
 from scipy import stats
 
-from t5x_lite.studies import analysis, commands_fit, powerlaws, records, summary
+from t5x_lite.studies import analysis, commands_fit, compare, records, summary
 from tests import synthetic_study as made
 
 FEW = analysis.Settings(replicates=40)
@@ -123,7 +123,7 @@ def test_differences_count_beyond_noise_only(tmp_path):
     better = [s.text for s in clear if s.kind == "is"]
     assert len(better) == 1 and "a has the lowest loss" in better[0]
     assert ": b (by 0.5" in better[0]
-    assert any("cannot be told from c" in s.text for s in clear if s.kind == "not")
+    assert any("cannot be told from c (by" in s.text for s in clear if s.kind == "not")
     noisy = told(tmp_path, {"a": [2.0, 2.4], "b": [2.1, 2.5]})
     assert not [s for s in noisy if s.kind == "is"]
     single = told(tmp_path, {"a": [2.0], "b": [9.0]})
@@ -131,24 +131,63 @@ def test_differences_count_beyond_noise_only(tmp_path):
     assert any("may be noise" in s.text for s in single)
 
 
-def test_a_difference_counts_where_tukeys_test_says_so(tmp_path):
-    """Against scipy.stats.tukey_hsd on cells with as many seeds each."""
+def test_a_difference_counts_where_games_and_howell_say_so(tmp_path):
+    """Against scipy.stats.tukey_hsd, on cells of other spreads and numbers of seeds."""
     rng = np.random.default_rng(0)
-    for _ in range(4):
-        means = dict(a=2.0, b=2.0, c=2.02, d=2.04)
-        groups = {k: list(rng.normal(m, 0.01, 3)) for k, m in means.items()}
+    spreads = dict(a=(2.0, 0.01, 3), b=(2.02, 0.02, 4), c=(2.2, 0.002, 3))
+    for _ in range(2):
+        groups = {k: list(rng.normal(m, s, n)) for k, (m, s, n) in spreads.items()}
+        want = stats.tukey_hsd(*groups.values(), equal_var=False).pvalue
+        got = compare.games_howell([np.array(g) for g in groups.values()])
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert got[i, j] == got[j, i] == pytest.approx(want[i, j], abs=1e-6)
         best = min(groups, key=lambda k: np.mean(groups[k]))
-        p = stats.tukey_hsd(*groups.values()).pvalue["abcd".index(best)]
-        worse = {k for k, value in zip("abcd", p, strict=True) if value < 0.05}
+        p = want["abc".index(best)]
+        worse = {k for k, value in zip("abc", p, strict=True) if value < 0.05}
         text = " ".join(s.text for s in told(tmp_path, groups) if s.kind == "not")
-        named = re.search(r"cannot be told from ([a-d, ]+):", text)
-        same = set(named.group(1).split(", ")) if named else set()
-        assert same == set("abcd") - worse - {best}
+        same = set(re.findall(r"([a-c]) \(by", text))
+        assert same == set("abc") - worse - {best}
 
 
-def test_tukey_factor_is_the_published_one():
-    """Studentised range, 5 %: 3.77 for 3 means and 12 degrees (Tukey's table)."""
-    assert powerlaws.tukey(0.95, 3, 12) * np.sqrt(2) == pytest.approx(3.77, abs=0.01)
+def test_a_noisy_cell_does_not_hide_what_quiet_ones_show(tmp_path):
+    """Two quiet cells far apart, beside one whose seeds differ by 0.5."""
+    groups = {
+        "a": [2.000, 2.001, 2.002],
+        "b": [2.030, 2.031, 2.032],
+        "wild": [2.2, 2.7, 2.4],
+    }
+    better = [s.text for s in told(tmp_path, groups) if s.kind == "is"]
+    assert len(better) == 1 and "better than 1 of the others" in better[0]
+    assert ": b (by 0.0300" in better[0]
+
+
+def test_cells_without_a_verdict_say_why(tmp_path):
+    groups = {"a": [2.0, 2.01], "b": [2.5], "c": [3.0, 3.0], "d": [3.0, 3.0]}
+    text = " ".join(s.text for s in told(tmp_path, groups))
+    assert "b (by 0.4950, one seed)" in text
+    found = compare.games_howell([np.array(g) for g in groups.values()])
+    assert np.isnan(found[2, 3]) and np.isnan(found[1]).all()
+
+
+def test_intervals_of_cells_are_those_of_their_own_seeds():
+    own = np.array([2.0, 2.1, 2.5])
+    low, high = stats.ttest_1samp(own, 0).confidence_interval(0.9)
+    assert compare.reach(own, 0.9) == pytest.approx((high - low) / 2)
+    assert compare.reach(own[:1], 0.9) == 0
+
+
+def test_runs_without_a_finite_loss_are_named(tmp_path):
+    lost = told(tmp_path, {"a": [2.0, np.nan, 2.1], "b": [2.0, 2.2, np.inf]})
+    (text,) = [s.text for s in lost if "no finite loss" in s.text]
+    assert "2 runs have" in text and "a seed 1, b seed 2" in text
+
+
+def test_irreducible_loss_at_its_bound_is_not_determined(tmp_path):
+    none = (1e-9, 30.0, 120.0, 0.32, 0.36)
+    path = made.write(tmp_path / "results.jsonl", made.rows(law=none, noise=0.0))
+    found = summary.summarise(analysis.analyse(records.read(path), FEW))
+    (said,) = [s for s in found if "irreducible loss E" in s.text]
+    assert said.kind == "not" and "at its bound" in said.text
 
 
 def test_extrapolation_is_named_as_such(tmp_path):
@@ -169,6 +208,11 @@ def test_common_scores_compare_across_objectives(tmp_path):
         for row in made.rows((1e10,), ((1, 32),), 2, structure=structure)
     ]
     path = made.write(tmp_path / "results.jsonl", rows)
+    found = analysis.analyse(records.read(path), FEW)
+    assert [len(g) for g in found.comparable().values()] == [2]
+    rows[0]["training_flops"] *= 100  # a score of the study's own crosses budgets too
+    rows[1]["training_flops"] *= 100
+    made.write(path, rows)
     found = analysis.analyse(records.read(path), FEW)
     assert [len(g) for g in found.comparable().values()] == [2]
     own = analysis.analyse(

@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 
 from t5x_lite import config, metrics, model, parameters, run, study, train
-from t5x_lite.studies import costs, grid, ladders, launchers, plan, records, runner
+from t5x_lite.studies import (
+    commands_fit,
+    costs,
+    grid,
+    ladders,
+    launchers,
+    plan,
+    records,
+    runner,
+)
 from t5x_lite.studies import run as run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -255,6 +264,40 @@ def test_a_bad_cell_is_named(base):
         [grid.cost(c) for c in grid.cells(small_study(base, axes={}, cells=far))]
 
 
+def test_a_study_without_runs_or_with_a_typo_is_named(base, tmp_path):
+    for changes, text in (
+        (dict(seeds=()), r"study 'small' has seeds=\(\)"),
+        (dict(axes={"depth": {}}), "study 'small': the axis 'depth' has no label"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            grid.cells(small_study(base, **changes))
+    with pytest.raises(
+        ValueError, match=r"study 'small', its config[\s\S]*did you mean"
+    ):
+        grid.cells(small_study(base | {"step": 5}))
+    path = tmp_path / "config.py"
+    path.write_text("def study(): pass\n")
+    with pytest.raises(ValueError, match=r"does not define get_study\(\)"):
+        grid.load(str(path))
+
+
+def test_records_are_compared_with_the_study(base):
+    made = small_study(base, seeds=(0, 1))
+    rows = [
+        records.Record(
+            c.name, c.overrides, c.seed, {}, 1.0, 1.0,
+            config=config.to_json(c.config) | {"sharding": {"data": 8}},
+        )
+        for c in grid.cells(made)
+    ]  # fmt: skip
+    count = len(rows)
+    told = commands_fit.coverage(made, rows[:-1])
+    assert told == f"{count - 1} of {count} runs of the study are here."
+    rows[0].config["steps"] += 1
+    told = commands_fit.coverage(made, [*rows, dataclasses.replace(rows[1], seed=9)])
+    assert f"{count - 1} of {count} runs" in told and "2 records are not of it" in told
+
+
 def test_what_comes_after_the_training_is_checked_before_it(base):
     typo = {"tuned": grid.Adaptation({"optim.learning_rates": 1e-3})}
     pairs = {"other": {"objective": {"name": "mass"}}}
@@ -451,6 +494,8 @@ def test_the_commands_choose_cells(study_file, tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(ValueError, match=text):
             study.main(["run", *flags, *more])
+    with pytest.raises(ValueError, match="--limit=-1"):
+        study.main(["plan", *flags, "--limit=-1"])
     with pytest.raises(ValueError, match="no command 'runn'"):
         study.main(["runn"])
     with pytest.raises(FileNotFoundError, match="no such file"):

@@ -337,6 +337,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         (dict(activation="gelu_exact"), "activation='gelu_exact'"),
         (dict(tie_embeddings=True, rescale_logits=False), "rescale_logits=False"),
         (dict(share_layers=True), "share_layers=True"),
+        (dict(relative_max_distance=64), "relative_max_distance=64.* read as 128"),
+        (dict(norm_eps=1e-5), "norm_eps=1e-05.* read as 1e-06"),
+        (dict(window=8), "window=8.* read as 0"),
+        (dict(activation="relu"), "activation='relu'.* read as 'gelu'"),
+        (dict(gated=False), "activation='gelu'.* read as 'relu'"),
         (dict(embed_norm=True), "encoder_inputs/norm/scale"),
     ],
 )

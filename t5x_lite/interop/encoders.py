@@ -105,6 +105,7 @@ ALBERT = Table(
 # ELECTRA is two models of theirs (ElectraForMaskedLM, ElectraForPreTraining) with the
 # same embeddings and one of ours, so each table has a part of our parameters.
 def tower(ours: str) -> Rows:
+    """Embeddings and blocks of one of the two, whose names here begin with `ours`."""
     return (
         under("", "electra.", EMBEDDINGS)
         | under(f"{ours}/stack/", "electra.", STACK)

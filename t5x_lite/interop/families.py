@@ -9,6 +9,7 @@ Theirs are the names of Hugging Face's pretraining classes. A model without a he
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ class Family:
     activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: GELUS)
 
 
+OURS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 GELUS = dict(relu="relu", gelu="gelu_exact", gelu_new="gelu", gelu_pytorch_tanh="gelu")
 # Biases, LayerNorm after each sublayer, scaled scores, tied output.
 CLASSIC = dict(
@@ -66,10 +68,10 @@ SHAPE = dict(
 )
 BERT = SHAPE | dict(max_positions="max_position_embeddings")
 ABSOLUTE = dict(position_embedding_type="absolute", is_decoder=False)
-# There is no projection between equal widths.
+# There is no projection between equal widths; 0 is no width there, so it is refused.
 ELECTRA = BERT | dict(
     d_embed=lambda c: (
-        0 if c["embedding_size"] == c["hidden_size"] else c["embedding_size"]
+        0 if c["embedding_size"] == c["hidden_size"] else c["embedding_size"] or -1
     )
 )
 ELECTRA_FIXED = MASKED | dict(generator_width=0.25)
@@ -247,7 +249,8 @@ def model_config(family: str, theirs: Mapping[str, Any], **changes) -> ModelConf
         model without the sentence head.
 
     Raises:
-      KeyError, ValueError: if a key is missing or asks for what our model does not do.
+      ValueError: if a key is missing, has a value that no model has, or asks for what
+        our model does not do.
     """
     row = FAMILIES[family]
     for key, value in row.must.items():
@@ -258,12 +261,17 @@ def model_config(family: str, theirs: Mapping[str, Any], **changes) -> ModelConf
             )
     fields: dict[str, Any] = dict(row.fixed)
     for ours, key in row.keys.items():
-        if callable(key):
-            fields[ours] = key(theirs)
-        elif key in theirs:
-            fields[ours] = theirs[key]
-        else:
-            raise KeyError(f"the config of {family!r} has no {key!r}: {sorted(theirs)}")
+        try:
+            fields[ours] = key(theirs) if callable(key) else theirs[key]
+        except KeyError as e:
+            raise ValueError(
+                f"the config of {family!r} has no {e.args[0]!r}: {sorted(theirs)}. "
+                "Copy the model's own config.json there."
+            ) from e
+        except (TypeError, AttributeError, ZeroDivisionError) as e:
+            raise ValueError(_wrong(family, ours, e)) from e
+        if problem := _problem(ours, fields[ours]):
+            raise ValueError(_wrong(family, ours, problem))
     act = fields["activation"]
     if act not in row.activations:
         raise ValueError(
@@ -274,6 +282,28 @@ def model_config(family: str, theirs: Mapping[str, Any], **changes) -> ModelConf
     return ModelConfig(**fields | changes)
 
 
+def _problem(ours: str, value: Any) -> str:
+    """Why this is no value of our field; "" if it is one."""
+    kind = str if ours == "activation" else type(OURS[ours].default)
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+        return f"{value!r} is no {kind.__name__}"
+    low = OURS[ours].metadata["low"]
+    low = 1 if ours == "vocab_size" else low
+    if low is not None and not low <= value < math.inf:
+        return f"{value!r} is not {low} or more"
+    return ""
+
+
+def _wrong(family: str, ours: str, why: object) -> str:
+    key = FAMILIES[family].keys[ours]
+    name = key if isinstance(key, str) else f"what gives config.model.{ours}"
+    return (
+        f"{name} in the config of {family!r}: {why}. Copy the model's own config.json "
+        "there."
+    )
+
+
 def to_hf(family: str, params: Mapping, cfg: ModelConfig) -> dict[str, np.ndarray]:
     """Our nested parameters -> their whole state dict, copies included."""
     return tables.to_theirs(FAMILIES[family].names(cfg), params, cfg)
@@ -282,29 +312,3 @@ def to_hf(family: str, params: Mapping, cfg: ModelConfig) -> dict[str, np.ndarra
 def from_hf(family: str, weights: Mapping[str, np.ndarray], cfg: ModelConfig) -> dict:
     """Their state dict -> our nested parameters; `tables.from_theirs` on errors."""
     return tables.from_theirs(FAMILIES[family].names(cfg), weights, cfg)
-
-
-def electra_from_hf(
-    generator: Mapping[str, np.ndarray],
-    discriminator: Mapping[str, np.ndarray],
-    cfg: ModelConfig,
-) -> dict:
-    """Both of ELECTRA's models -> our nested parameters.
-
-    Raises:
-      ValueError: if the embeddings, which ours share, differ; and as `from_hf`.
-    """
-    shared = {k for k in discriminator if k.startswith("electra.embeddings.")}
-    unequal = [
-        k
-        for k in sorted(shared & set(generator))
-        if not np.array_equal(generator[k], discriminator[k])
-    ]
-    if unequal:
-        raise ValueError(
-            f"generator and discriminator differ in {unequal}: they were not trained "
-            "together. Read one of them: from_hf('electra_discriminator', ...)."
-        )
-    return from_hf("electra_generator", generator, cfg) | from_hf(
-        "electra_discriminator", discriminator, cfg
-    )

@@ -36,6 +36,7 @@ class Theirs(NamedTuple):
     more: Callable[[ModelConfig], dict] = lambda cfg: {}
 
     def architecture(self, cfg: ModelConfig) -> str:
+        """Their class for a model with these heads."""
         return self.classes[-1 if cfg.classes else 0]
 
 
@@ -172,13 +173,23 @@ def family_of(theirs: Mapping[str, Any], names) -> str:
     )
 
 
+def _rate(theirs: Mapping[str, Any], key: str) -> float:
+    value = theirs.get(key) or 0.0
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(
+            f"config.json has {key}={value!r}; a number from 0 to 1 is needed. Copy "
+            "the model's own config.json there."
+        )
+    return float(value)
+
+
 def read(
     theirs: Mapping[str, Any], weights: Mapping[str, np.ndarray], family: str = ""
 ) -> tuple[str, ModelConfig]:
     """(family, our config); heads and tied embeddings are as the weights have them.
 
     Raises:
-      ValueError, KeyError: what our model does not compute.
+      ValueError: what our model does not compute, or no config can say.
     """
     family = family or family_of(theirs, weights)
     for one, other in EQUAL:
@@ -190,11 +201,10 @@ def read(
     cfg = families.model_config(family, theirs)
     rows = families.FAMILIES[family].names(cfg).rows
     changes: dict[str, Any] = {}
-    rates = {float(theirs.get(key) or 0.0) for key in THEIRS[family].dropout}
-    changes["dropout"] = max(rates)
-    std = theirs.get("initializer_range", theirs.get("init_std"))
-    if std is not None:
-        changes["init_std"] = float(std)
+    changes["dropout"] = max(_rate(theirs, key) for key in THEIRS[family].dropout)
+    for key in ("init_std", "initializer_range"):
+        if theirs.get(key) is not None:
+            changes["init_std"] = _rate(theirs, key)
     if cfg.classes:
         kernel = weights.get(rows["classes/kernel"].theirs)
         changes["classes"] = 0 if kernel is None else kernel.shape[0]

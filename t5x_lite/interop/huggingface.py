@@ -58,8 +58,10 @@ def read(path, *, family: str = "", fresh: bool = False) -> Imported:
             "model.safetensors, as save_pretrained writes it."
         )
     if all((path / half).is_dir() for half in HALVES):
+        _same_type(family, _config(path / "discriminator"))
         return _read_electra(path)
     theirs = _config(path)
+    _same_type(family, theirs)
     weights = open_weights(path)
     if not family:
         family = hf_config.family_of(theirs, _renamed(weights, "", ""))
@@ -72,6 +74,15 @@ def read(path, *, family: str = "", fresh: bool = False) -> Imported:
     params, drawn = _ours(table.names(cfg), weights, cfg, fresh)
     extras = dict(family=family, fresh=drawn, theirs=theirs, files=_files(path))
     return Imported(cfg, params, extras)
+
+
+def _same_type(family: str, theirs: Mapping[str, Any]):
+    wanted = hf_config.THEIRS[family].type if family else ""
+    if wanted and (kind := theirs.get("model_type", wanted)) != wanted:
+        raise ValueError(
+            f"--family={family} is model_type={wanted!r}, config.json has {kind!r}. "
+            "Leave --family out, or set model_type in config.json."
+        )
 
 
 def _config(path: pathlib.Path) -> dict[str, Any]:
@@ -167,10 +178,11 @@ def _ours(
         if not any(n in weights for n in getattr(places.get(ours), "theirs", ()))
     ]
     if absent and not fresh and not part:
+        both = ", or give the directory of generator/ and discriminator/"
         raise ValueError(
             f"{len(absent)} of the model's {len(declared)} parameters are not in the "
-            f"files at all: {', '.join(absent[:6])} ... Draw them with --fresh "
-            "(ELECTRA: or give the directory of generator/ and discriminator/)."
+            f"files at all: {', '.join(absent[:6])} ... Draw them with --fresh"
+            f"{both if cfg.generator_width else ''}."
         )
     places = {ours: place for ours, place in places.items() if ours not in absent}
     tables.check(table, places, weights, cfg)
@@ -233,6 +245,7 @@ def _share(path, small: dict, whole: dict, cfg: ModelConfig) -> float:
     """The generator's share of the widths, which must be the same for all."""
     keys = ("num_attention_heads", "intermediate_size", "hidden_size")
     compared = (*keys, "embedding_size", "num_hidden_layers", "hidden_act")
+    families.model_config(HALVES["generator"], small)
     for key in keys:
         share = small[key] / whole[key]
         if share >= 1:

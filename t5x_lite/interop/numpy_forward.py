@@ -76,6 +76,7 @@ class Model:
         return np.asarray(array, np.float32)
 
     def product(self, spec: str, x, name: str, layer: int = 0, bias: bool = False):
+        """x times a weight, by einsum's `spec`, plus its bias."""
         y = np.einsum(spec, x, self.weight(name, layer), optimize=True)
         return y + self.weight(f"{name}_bias", layer) if bias else y
 
@@ -122,6 +123,8 @@ class Model:
         return self.norm(x_BTD, f"{name}/norm") if m.norm_order == "pre" else x_BTD
 
     def block(self, name: str, layer: int, x_BTD, own, seen_BTS, bias_NTT, memory):
+        """Attention, cross-attention to `memory` if there is one, feed-forward."""
+
         def add(x_BTD, part: str, f):
             norm = f"{name}/{part}_norm"
             if self.m.norm_order == "pre":
@@ -233,6 +236,7 @@ def gelu_exact(x):
 
 
 def relu(x):
+    """Of T5 v1.0."""
     return np.maximum(x, 0)
 
 

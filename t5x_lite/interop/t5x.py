@@ -133,6 +133,7 @@ def write(
       ValueError: if T5X has no such model, or no such state in this layout.
     """
     check(cfg)
+    check_assumed(cfg)
     if scanned and cfg.positions != "bias_per_layer":
         raise ValueError(
             f"config.model.positions={cfg.positions!r}: T5X's scanned layers have one "
@@ -205,6 +206,24 @@ def check(cfg: ModelConfig):
             )
 
 
+def check_assumed(cfg: ModelConfig):
+    """Refuses what no array says and T5X's published models have otherwise."""
+    plain = ModelConfig()
+    names = ("relative_max_distance", "norm_eps", "window")
+    wanted: dict[str, Any] = {name: getattr(plain, name) for name in names}
+    wanted["activation"] = _activation(cfg.gated)
+    for key, value in wanted.items():
+        if (found := getattr(cfg, key)) != value:
+            raise ValueError(
+                f"config.model.{key}={found!r}: a checkpoint of T5X does not say it "
+                f"and is read as {value!r}. Export to another format."
+            )
+
+
+def _activation(gated: bool) -> str:
+    return "gelu" if gated else "relu"
+
+
 def model_config(weights: Mapping[str, Any]) -> ModelConfig:
     """The config that the shapes of unrolled weights imply.
 
@@ -239,7 +258,7 @@ def model_config(weights: Mapping[str, Any]) -> ModelConfig:
         head_dim=int(np.prod(kernel)) // heads,
         encoder_layers=depth("encoder"),
         decoder_layers=depth("decoder"),
-        activation="gelu" if gated else "relu",
+        activation=_activation(gated),
         gated=gated,
         tie_embeddings="decoder/logits_dense/kernel" not in weights,
         positions="bias_per_layer" if per_layer else "bias",

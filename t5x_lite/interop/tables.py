@@ -7,12 +7,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from t5x_lite import model, parameters
-from t5x_lite.arrays import Lazy
+from t5x_lite.arrays import DTYPES, Lazy
 from t5x_lite.config import ModelConfig
 
 
@@ -34,6 +34,7 @@ class Row(NamedTuple):
 
 
 Rows = dict[str, Row]
+FLOATS = (*DTYPES.values(), np.dtype(np.float64))
 # Weights of linear layers: [inputs, outputs] here, [outputs, inputs] there.
 LINEAR, HEADS_IN, HEADS_OUT = "IO->OI", "INH->(NH)I", "NHO->O(NH)"
 
@@ -88,6 +89,7 @@ def dense(ours: str, theirs: str, axes: str = LINEAR, bias: str = "") -> Rows:
 
 
 def norm(ours: str, theirs: str) -> Rows:
+    """A LayerNorm's scale and bias."""
     return {
         f"{ours}/scale": Row(f"{theirs}.weight"),
         f"{ours}/bias": Row(f"{theirs}.bias"),
@@ -206,11 +208,15 @@ def check(
     """Raises the ValueError of `from_theirs`; reads shapes, and copies and zeros."""
     problems = _problems(table, all_places, weights)
     if problems:
+        one = cfg.structure != "encoder_decoder"
+        last = cfg.structure in ("decoder", "prefix_lm")
+        layers = f"{cfg.decoder_layers if last else cfg.encoder_layers}"
         raise ValueError(
-            f"{len(problems)} weight(s) do not fit config.model ({cfg.encoder_layers}+"
-            f"{cfg.decoder_layers} layers, gated={cfg.gated}, tie_embeddings="
-            f"{cfg.tie_embeddings}, classes={cfg.classes}); set config.model to the "
-            "shape the weights were made with:\n  - " + "\n  - ".join(problems)
+            f"{len(problems)} weight(s) do not fit config.model ("
+            f"{layers if one else f'{layers}+{cfg.decoder_layers}'} layers, gated="
+            f"{cfg.gated}, tie_embeddings={cfg.tie_embeddings}, classes={cfg.classes});"
+            " config.json is of another model, or config.model is not of the shape the "
+            "weights were made with:\n  - " + "\n  - ".join(problems)
         )
 
 
@@ -229,6 +235,8 @@ def _problems(table: Table, all_places: dict[str, Place], weights) -> list[str]:
     for name, shape in wanted.items():
         if name in weights and (got := _shape(weights, name)) != shape:
             problems.append(f"shape {got} instead of {shape}: {name}")
+        elif name in weights and (dtype := _dtype(weights, name)) not in FLOATS:
+            problems.append(f"dtype {dtype}, which is no float: {name}")
     for copy, name in copies.items():
         both = [weights[n] for n in (copy, name) if n in weights]
         if not all(np.array_equal(w, both[0]) for w in both):
@@ -243,6 +251,12 @@ def _shape(weights: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
         if isinstance(weights, Lazy)
         else np.shape(weights[name])
     )
+
+
+def _dtype(weights: Mapping[str, np.ndarray], name: str) -> np.dtype:
+    held = weights.slots if isinstance(weights, Lazy) else weights
+    dtype: Any = held[name].dtype
+    return np.dtype(getattr(dtype, "numpy_dtype", dtype))  # tensorstore's has it
 
 
 def _axes(axes: str) -> tuple[str, list[str]]:

@@ -11,6 +11,11 @@ _WAY_OUT = (
     "AutoModelForPreTraining.from_pretrained(DIR).save_pretrained(NEW_DIR) writes "
     "model.safetensors"
 )
+# It runs what the pickle asks for. transformers 5 refuses such a file too.
+TENSORS_ALONE = (
+    "sd = torch.load(FILE, weights_only=False); torch.save({k: v for k, v in "
+    "sd.items() if isinstance(v, torch.Tensor)}, FILE)"
+)
 
 
 def open_tensors(files: list[pathlib.Path]) -> Lazy:
@@ -35,8 +40,8 @@ def open_tensors(files: list[pathlib.Path]) -> Lazy:
             lines = f"{e}".strip().splitlines() or [type(e).__name__]
             raise ValueError(
                 f"{file} holds more than tensors, or is damaged. A pickle can run any "
-                "code when it is read, so this one was not. If you trust who made it: "
-                f"{_WAY_OUT}. ({lines[0][:200]})"
+                "code when it is read, so this one was not. If you trust who made it, "
+                f"run in a throw-away environment: {TENSORS_ALONE} ({lines[0][:200]})"
             ) from e
         if not isinstance(found, dict):
             raise ValueError(f"{file} holds a {type(found).__name__}, no state dict.")

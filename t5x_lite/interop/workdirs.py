@@ -89,7 +89,8 @@ def config_of(
       ValueError: the vocabulary that was given does not fit.
     """
     family = found.extras.get("family", "t5")
-    files = dict(found.extras.get("files", {}))
+    # Another vocabulary's files would go out again as if they were this one's.
+    files = {} if spec else dict(found.extras.get("files", {}))
     notes: list[str] = []
     unnamed = raw is None
     if raw is None:
@@ -169,7 +170,7 @@ def _vocabulary(found: Imported, to, given: str, sentinels: int, notes: list[str
         except ValueError as e:
             notes.append(f"{name} is not read: {e}")
             continue
-        return str(to / FOLDER / name), words
+        return str(to.absolute() / FOLDER / name), words
     notes.append(
         "no vocabulary: `train` and `generate` need one. Convert again with "
         "--vocab=FILE, or set config.data.vocab"
@@ -194,8 +195,13 @@ def with_rows(params: Mapping[str, np.ndarray], rows: int) -> Lazy:
     return Lazy(slots)
 
 
-def write(made: pathlib.Path, run: Run):
-    """Writes checkpoint, config.json and the files that came along."""
+def zeros_from(params: Mapping[str, np.ndarray], rows: int) -> bool:
+    """Are all rows by id zero from this one on, as `with_rows` adds them?"""
+    return not any(params[name][rows:].any() for name in BY_ID if name in params)
+
+
+def write(made: pathlib.Path, run: Run) -> list[str]:
+    """Writes checkpoint, config.json and the files that came along; -> notes."""
     kept = made / FOLDER
     if run.files or run.theirs:
         kept.mkdir()
@@ -205,11 +211,13 @@ def write(made: pathlib.Path, run: Run):
         (kept / "config.json").write_text(json.dumps(run.theirs, indent=2) + "\n")
     meta = checkpoint.make_meta(run.cfg, run.step, {"vocab": run.fingerprint})
     meta["family"] = run.family
-    flat = {}
+    flat, notes = {}, []
     names = tqdm.tqdm(run.params, unit="array", disable=None, leave=False)
     for name in names:
         path = tuple(name.split("/"))
         flat[path] = narrowed(name, run.params[name], np.dtype(np.float32))
+        if not np.isfinite(flat[path]).all():
+            notes.append(f"{name} has values that are not finite, as the files have")
     state: dict[str, Any] = {"params": parameters.nested(flat)}
     state["step"] = np.asarray(run.step, np.int32)
     if run.opt is None:
@@ -224,6 +232,7 @@ def write(made: pathlib.Path, run: Run):
         checkpoints.close()
     about = {"config": config_lib.to_json(run.cfg), "data": meta["data"]}
     (made / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    return notes
 
 
 def kept(workdir: pathlib.Path) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:

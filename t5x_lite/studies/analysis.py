@@ -1,13 +1,14 @@
 """What a study's records say: cells, and the scaling laws of each family of cells."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from t5x_lite.studies import fit, powerlaws
+from t5x_lite.studies import compare, fit, powerlaws
 from t5x_lite.studies.fit import Estimate, Points
 from t5x_lite.studies.records import PARAMETERS, Record
 
@@ -102,17 +103,15 @@ class Family:
     @property
     def scales(self) -> bool:
         """Whether sizes or budgets differ enough to ask for a law at all."""
-        return (
-            len(self.cells) > 2
-            and max(map(_ratio, (self.points.N, self.points.D, self.points.C))) > 1.5
-        )
+        return _scales(self.points)
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
     """Standard deviation of one run's loss between seeds, pooled over cells, in nats.
 
-    `free` degrees of freedom; 0: no cell has two seeds.
+    `free` degrees of freedom; 0: no cell has two seeds. Cells need not be equally
+    noisy: differences are judged by `compare.games_howell`.
     """
 
     sigma: float
@@ -120,25 +119,51 @@ class Noise:
 
 
 @dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Cells in the order of their mean loss, and p of their differences [cells, cells].
+
+    Of more than `compare.MOST_PAIRED` cells, only pairs with the best one are tested.
+    """
+
+    name: str
+    cells: tuple[Cell, ...]
+    p: np.ndarray
+    level: float
+
+    def worse_than(self, cell: Cell) -> list[Cell]:
+        """The cells whose loss is higher than this one's by more than noise."""
+        i = self.cells.index(cell)
+        sure = self.p[i] < 1 - self.level  # False where p is NaN
+        return [self.cells[j] for j in range(i, len(self.cells)) if sure[j]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Analysis:
+    """All that a study's records say.
+
+    Attributes:
+      dropped: runs whose loss is no finite number; they are in no cell.
+      coverage: how many of the study's runs there are; "" if the study is not known.
+    """
+
     settings: Settings
     cells: tuple[Cell, ...]
     families: tuple[Family, ...]
     noise: Noise
+    dropped: tuple[Record, ...] = ()
+    coverage: str = ""
 
     def comparable(self) -> dict[str, list[Cell]]:
         """Cells whose losses are of the same targets, two or more: name -> cells.
 
-        A score of the study's own (an evaluation, an adaptation) is the same for all
-        cells; a cell's own loss for those of one family. Where budgets differ, cells of
-        one budget are compared.
+        A score of the study's own is one for all cells, a cell's own loss for those of
+        one family and budget.
         """
         scores = {r.score for c in self.cells for r in c.records}
         common = self.settings.loss not in ("heldout", "train", "loss")
         if common or (self.settings.loss == "heldout" and "loss" not in scores):
-            groups = {"all cells": list(self.cells)}
-        else:
-            groups = {f.name: list(f.cells) for f in self.families}
+            return {"all cells": list(self.cells)} if len(self.cells) > 1 else {}
+        groups = {f.name: list(f.cells) for f in self.families}
         found = {}
         for name, group in groups.items():
             budgets = powerlaws.groups([c.C for c in group], powerlaws.SAME_BUDGET)
@@ -148,9 +173,20 @@ class Analysis:
                 found[at] = [group[i] for i in rows]
         return {name: group for name, group in found.items() if len(group) > 1}
 
+    @functools.cached_property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """The comparable cells, best first, with what their seeds say."""
+        found = []
+        for name, group in self.comparable().items():
+            ordered = tuple(sorted(group, key=lambda c: c.mean))
+            row = None if len(ordered) <= compare.MOST_PAIRED else 0
+            p = compare.games_howell([c.losses for c in ordered], row)
+            found.append(Comparison(name, ordered, p, self.settings.level))
+        return tuple(found)
 
-def _ratio(values) -> float:
-    return float(np.max(values) / np.min(values))
+
+def _scales(p: Points) -> bool:
+    return len(p.N) > 2 and max(np.max(v) / np.min(v) for v in (p.N, p.D, p.C)) > 1.5
 
 
 def cells(records: Sequence[Record], settings: Settings) -> list[Cell]:
@@ -170,9 +206,8 @@ def cells(records: Sequence[Record], settings: Settings) -> list[Cell]:
     if not groups:
         names = sorted({name for r in records for name in r.heldout})
         raise ValueError(
-            f"--loss={settings.loss}: no run has measured it. Allowed: heldout, train"
-            + "".join(f", {name}" for name in names)
-            + "."
+            f"--loss={settings.loss}: no run has measured it, or none is finite. "
+            f"Allowed: {', '.join(['heldout', 'train', *names])}."
         )
     found = []
     for name, group in groups.items():
@@ -218,13 +253,12 @@ def points_of(chosen: Sequence[Cell]) -> Points:
 def analyse(records: Sequence[Record], settings: Settings) -> Analysis:
     """Everything `study fit` prints and `study report` draws."""
     found = cells(records, settings)
-    noise = noise_of(found)
     names = dict.fromkeys(cell.family for cell in found)
-    families = [
-        family(name, [c for c in found if c.family == name], settings, noise)
-        for name in names
-    ]
-    return Analysis(settings, tuple(found), tuple(families), noise)
+    groups = {name: [c for c in found if c.family == name] for name in names}
+    families = [family(*of, settings) for of in groups.items()]
+    dropped = tuple(r for r in records if not np.isfinite(r.loss(settings.loss)))
+    noise = noise_of(found)
+    return Analysis(settings, tuple(found), tuple(families), noise, dropped)
 
 
 def noise_of(found: Sequence[Cell]) -> Noise:
@@ -234,10 +268,9 @@ def noise_of(found: Sequence[Cell]) -> Noise:
     return Noise(float(np.sqrt(squares / free)) if free else float("nan"), free)
 
 
-def family(
-    name: str, chosen: Sequence[Cell], settings: Settings, noise: Noise
-) -> Family:
+def family(name: str, chosen: Sequence[Cell], settings: Settings) -> Family:
     """All laws of one family."""
+    noise = noise_of(chosen)
     points = points_of(chosen)
     how = (settings.replicates, settings.level)
     seeds = float(np.mean([len(c.losses) for c in chosen]))
@@ -262,6 +295,8 @@ def family(
 
 def _law(points: Points, settings: Settings) -> fit.Law | str:
     missing = fit.lacking(points)
+    if not missing and not _scales(points):
+        missing = "L(N, D) cannot be fitted: sizes and budgets are about the same."
     if missing:
         return missing
     return fit.fit(points, settings.replicates, settings.level, settings.delta)
@@ -317,6 +352,8 @@ def as_json(analysis: Analysis) -> str:
     told: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "cells": len(analysis.cells),
+        "coverage": analysis.coverage,
+        "dropped": [f"{r.cell}, seed {r.seed}" for r in analysis.dropped],
         "noise": dataclasses.asdict(analysis.noise),
         "families": {f.name: _family_json(f, settings) for f in analysis.families},
     }

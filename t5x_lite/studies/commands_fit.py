@@ -1,15 +1,21 @@
 """`study fit` and `study report`: what finished cells say."""
 
+import dataclasses
+import json
 import pathlib
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from t5x_lite import cli
+from t5x_lite.config import Config, to_json
 from t5x_lite.studies import analysis, grid, records
 from t5x_lite.studies.analysis import Analysis, Family, Settings
 from t5x_lite.studies.fit import Estimate
 from t5x_lite.studies.plan import default_root
+from t5x_lite.studies.records import Record
 
 FIT = """Fits scaling laws to the finished cells of a study.
 
@@ -56,11 +62,11 @@ def _analysed(flags) -> tuple[Analysis, pathlib.Path, str]:
     """(analysis, output directory, name of the study) of a command's flags."""
     if not (flags.config or flags.results):
         raise ValueError("Give --config=configs/studies/NAME/config.py or --results=F.")
-    name = ""
+    name, study = "", None
     if flags.config:
         study = grid.load(flags.config)
         name = study.name
-    if flags.results:
+    if flags.results or study is None:
         path = pathlib.Path(flags.results)
     else:
         path = pathlib.Path(flags.root or default_root(study)) / "results.jsonl"
@@ -69,9 +75,63 @@ def _analysed(flags) -> tuple[Analysis, pathlib.Path, str]:
             path = beside
     found = records.read(path)
     output = pathlib.Path(flags.output or path.parent)
-    output.mkdir(parents=True, exist_ok=True)
+    if output.exists() and not output.is_dir():
+        raise ValueError(
+            f"--output={output} is a file. Give a directory, new or old: report.html, "
+            "fit.json and figures go there."
+        )
     name = name or path.resolve().parent.name
-    return analysis.analyse(found, settings(flags)), output, name
+    how = settings(flags)
+    covered = coverage(study, found) if study else ""
+    told = analysis.analyse(found, how)
+    output.mkdir(parents=True, exist_ok=True)
+    return dataclasses.replace(told, coverage=covered), output, name
+
+
+def coverage(study: grid.Study, found: Sequence[Record]) -> str:
+    """How many of the study's runs the records are, and how many are none of them.
+
+    A record is of the study if it has the cell's name and seed, and the same config in
+    all that both note; what only the start of a run decides (devices, the size of the
+    vocabulary) does not count.
+    """
+    wanted = {(c.name, c.seed): c.config for c in grid.cells(study)}
+    own = [
+        r
+        for r in found
+        if (cfg := wanted.get((r.cell, r.seed))) is not None and _same(cfg, r.config)
+    ]
+    text = f"{len(own)} of {len(wanted)} runs of the study are here"
+    other = [f"{r.cell} seed {r.seed}" for r in found if r not in own]
+    if not other:
+        return f"{text}."
+    names = ", ".join(other[:3]) + (" ..." if len(other) > 3 else "")
+    return (
+        f"{text}; {len(other)} records are not of it as its config stands ({names}): "
+        "another cell, seed or config. What follows counts them too."
+    )
+
+
+def _same(cfg: Config, noted: dict) -> bool:
+    ours, theirs = flat(json.loads(json.dumps(to_json(cfg)))), flat(noted)
+    return all(
+        ours[key] == theirs[key]
+        for key in ours.keys() & theirs.keys()
+        if not key.startswith("sharding.") and (key, ours[key]) != _LATER
+    )
+
+
+_LATER = ("model.vocab_size", 0)  # taken from the vocabulary when a run starts
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted key -> value."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value} if prefix else {}
+    found = {}
+    for key, part in value.items():
+        found |= flat(part, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
 def settings(flags) -> Settings:
@@ -117,13 +177,17 @@ def report(argv: list[str] | None = None):
     found, output, name = _analysed(flags)
     (output / "fit.json").write_text(analysis.as_json(found))
     path = page.write(found, output, name)
-    print(f"{name}: {_cells(found)}, {time.perf_counter() - began:.1f} s")
+    print(f"{name}: {_cells(found)}")
+    print(f"drawn in {time.perf_counter() - began:.1f} s")
     print(f"report  {path}")
 
 
 def _cells(found: Analysis) -> str:
     runs = sum(len(c.losses) for c in found.cells)
-    return f"{len(found.cells)} cells, {runs} runs"
+    told = f"{len(found.cells)} cells, {runs} runs"
+    if found.dropped:
+        told += f", {len(found.dropped)} without a finite loss left out"
+    return f"{told}. {found.coverage}" if found.coverage else told
 
 
 def text(found: Analysis) -> list[str]:
@@ -168,7 +232,9 @@ def _parametric(f: Family, how: Settings) -> list[str]:
         f"{k} of {n}_opt ~ C^{k}": v
         for (k, v), n in zip(f.law.exponents(f.cost).items(), "ND", strict=True)
     }
-    lines += [f"  {key:20} {shown(value)}" for key, value in named.items()]
+    for key, value in named.items():
+        bound = "  not determined: at its bound" if f.law.unbounded else ""
+        lines.append(f"  {key:20} {shown(value)}{bound if key == 'E' else ''}")
     lines.append(f"  residual             {f.law.sigma:.2%} of the loss")
     largest = float(f.points.C.max())
     for C in how.budgets or (largest, 10 * largest):

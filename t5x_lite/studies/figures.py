@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib import cm, colors, ticker
 from matplotlib.figure import Figure
-from scipy import stats
 
-from t5x_lite.studies import analysis
+from t5x_lite.studies import analysis, compare
 from t5x_lite.studies.analysis import Analysis, Cell, Family
 
 DPI = 110
@@ -63,7 +62,7 @@ def _log(axis):
     if high < 150 * low:
         steps = (1.0, 2.0, 5.0) if high < 30 * low else (1.0, 3.0)
         axis.set_major_locator(ticker.LogLocator(subs=steps))
-        axis.set_major_formatter(ticker.FuncFormatter(_short))
+    axis.set_major_formatter(ticker.FuncFormatter(_short))
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
@@ -108,11 +107,17 @@ def curves(found: Analysis) -> Figure | str:
         room = 0.05 * (max(tops) - min(bottoms))
         ax.set(xlabel=FLOPS, ylabel=f"training {LOSS}")
         ax.set_xscale("log")
-        _log(ax.xaxis)
         if room:
             ax.set_ylim(min(bottoms) - room, max(tops) + room)
         if not by_size:
-            ax.legend(fontsize=7, loc="upper right")
+            ax.legend(
+                fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0),
+                borderaxespad=0.2,
+            )  # fmt: skip
+    ends = np.array([ax.get_xlim() for ax in axes])
+    for ax in axes:
+        ax.set_xlim(ends.min(), ends.max())
+        _log(ax.xaxis)
     if by_size:
         bar = figure.colorbar(scale, ax=list(axes), label=parameters(found))
         _log(bar.ax.yaxis)
@@ -121,11 +126,9 @@ def curves(found: Analysis) -> Figure | str:
 
 def isoflop(found: Analysis) -> Figure | str:
     """Loss against size at equal compute, with the parabolas of approach 2."""
-    drawn = [f for f in found.families if f.slices]
+    drawn = [f for f in found.families if f.slices and f.scales]
     if not drawn:
-        return (
-            "No budget has three sizes, so there is nothing to compare at equal FLOPs."
-        )
+        return "No family has a budget with three sizes that differ enough for a law."
     figure, axes = _panels([f.name for f in drawn])
     for ax, f in zip(axes, drawn, strict=True):
         scale, _ = _scale([s.C for s in f.slices])
@@ -327,8 +330,8 @@ def _heat(ax, chosen: Sequence[Cell], shapes) -> int:
 
 
 def ranking(found: Analysis) -> Figure | str:
-    """All cells in order of their loss, with intervals from the seeds' noise."""
-    groups = found.comparable()
+    """All cells in order of their loss, each with the interval of its own seeds."""
+    groups = {c.name: c.cells for c in found.comparisons}
     if not groups:
         return "There are no two cells whose losses can be compared."
     names = list(groups)
@@ -336,17 +339,13 @@ def ranking(found: Analysis) -> Figure | str:
     height = 1.3 + 0.24 * most
     wide = 7.5 if len(names) == 1 else 6.0
     figure, axes = _panels(names, width=wide, height=height)
-    noise = found.noise
     for ax, name in zip(axes, names, strict=True):
-        ordered = sorted(groups[name], key=lambda c: c.mean)
+        ordered = groups[name]
         shown = ordered[:MOST_RANKED]
         for y, cell in enumerate(shown):
             n = len(cell.losses)
             ax.plot(cell.losses, [y] * n, "|", color="grey", ms=7)
-            reach = 0.0
-            if noise.free:
-                factor = stats.t.ppf(0.5 + found.settings.level / 2, noise.free)
-                reach = float(factor * noise.sigma / np.sqrt(n))
+            reach = compare.reach(cell.losses, found.settings.level) or None
             ax.errorbar(cell.mean, y, xerr=reach, fmt="o", ms=4, color="C0", capsize=2)
         ax.set_yticks(range(len(shown)), [c.name for c in shown], fontsize=7)
         ax.set_ylim(len(shown) - 0.4, -0.6)
@@ -363,8 +362,8 @@ def all_figures(found: Analysis) -> dict[str, tuple[str, str, Figure | str]]:
     told: dict[str, tuple[str, str, Figure | str]] = {
         "cells": (
             "Cells compared",
-            f"Mean of the seeds (dot) with its {percent} interval from the noise "
-            "between seeds, pooled over all cells; ticks are single runs.",
+            f"Mean of the seeds (dot) with its {percent} interval by the cell's own "
+            "seeds (Student's t; none of one seed); ticks are single runs.",
             ranking(found),
         ),
         "curves": (
@@ -389,8 +388,9 @@ def all_figures(found: Analysis) -> dict[str, tuple[str, str, Figure | str]]:
         told[f"frontier_{k + 1}" if k else "frontier"] = (
             f"Compute-optimal frontier, {f.name}",
             f"Bands are {percent} intervals of L(N, D); right of the dotted line "
-            "nothing was run. Left out: the largest budget, predicted from the others "
-            "(drawn beside its points).",
+            "nothing was run. Left out: the largest budget, predicted from the others; "
+            "the predictions are drawn to the right of where they belong, each a bit "
+            "further, so that they can be seen apart.",
             frontier(found, f),
         )
     if not any(f.scales for f in found.families):

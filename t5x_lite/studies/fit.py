@@ -14,8 +14,10 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+import tqdm
 from scipy import optimize, stats
 
+FLOOR = 1e-3  # least E, in shares of the lowest loss
 DELTA = 1e-3  # of the Huber loss, in nats of log loss (Hoffmann et al., appendix D.2)
 NAMES = ("E", "A", "B", "alpha", "beta")
 COLUMNS = (2, 0, 1, 3, 4)  # of theta, in the order of NAMES
@@ -80,6 +82,7 @@ class Law:
       cells: points it was fitted to.
       resampled: whether cells were redrawn (else noise of size `sigma`).
       level: of all intervals.
+      floor: the least E that the fit allows, nats.
     """
 
     theta: np.ndarray
@@ -89,6 +92,7 @@ class Law:
     cells: int
     resampled: bool
     level: float
+    floor: float = 0.0
 
     def coefficients(self) -> dict[str, Estimate]:
         """E (nats), A, B, alpha, beta and the exponents of N and D on the frontier."""
@@ -96,6 +100,11 @@ class Law:
             name: self.interval(self.theta[k], self.replicates[:, k], log=k < 3)
             for name, k in zip(NAMES, COLUMNS, strict=True)
         }
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether E stands at the least value allowed: the data do not determine it."""
+        return bool(np.exp(self.theta[2]) <= 1.001 * self.floor)
 
     def interval(self, value, replicates, log=False) -> Estimate:
         """The widened percentile interval of one number (its log if `log`)."""
@@ -185,7 +194,7 @@ def _whiten(theta_P5, x, y):
     return rotation / np.sqrt(size)[:, None, :]
 
 
-def _solve(theta_P5, x, y, target_Pn, weight_Pn, delta, rounds=ROUNDS):
+def _solve(theta_P5, x, y, target_Pn, weight_Pn, delta, rounds=ROUNDS, bar=None):
     """SciPy's L-BFGS on P separate problems, some at a time; returns [P, 5], values.
 
     A problem that still got better in a round goes on to the next one, in coordinates
@@ -206,6 +215,8 @@ def _solve(theta_P5, x, y, target_Pn, weight_Pn, delta, rounds=ROUNDS):
             theta_P5[rows[fell]] = found[fell]
             better[part] = value[rows] - now > 1e-4 * value[rows]
             value[rows] = np.minimum(now, value[rows])
+            if bar is not None:
+                bar.update(int(np.sum(~better[part])))
         active = active[better]
         if not len(active):
             break
@@ -272,7 +283,7 @@ def _moved(theta, mx, my, log_L):
     theta = np.array(theta)
     theta[..., 0] += theta[..., 3] * mx
     theta[..., 1] += theta[..., 4] * my
-    floor = log_L.min(axis=-1) - np.log(1e3)
+    floor = log_L.min(axis=-1) + np.log(FLOOR)
     theta[..., 2] = np.maximum(theta[..., 2], floor)
     return theta
 
@@ -343,13 +354,18 @@ def fits(
         noise = rng.normal(0, np.repeat(sigma_G, R)[:, None], (G * R, n))
         targets = np.repeat(fitted_Gn, R, axis=0) + noise
     start = np.repeat(theta_G5, R, axis=0)
-    found, _ = _solve(start, x, y, targets, weights, delta)
+    with tqdm.tqdm(
+        total=G * R, desc="bootstrap", unit="fit", leave=False, disable=None
+    ) as bar:
+        found, _ = _solve(start, x, y, targets, weights, delta, bar=bar)
     found = _moved(found, mx, my, targets).reshape(G, R, 5)
     widen = widening(free, level)
     theta_G5 = _moved(theta_G5, mx, my, targets_Gn)
     return [
-        Law(theta, own, widen, float(sigma), n, resampled, level)
-        for theta, own, sigma in zip(theta_G5, found, sigma_G, strict=True)
+        Law(theta, own, widen, float(sigma), n, resampled, level, float(floor))
+        for theta, own, sigma, floor in zip(
+            theta_G5, found, sigma_G, FLOOR * losses_Gn.min(axis=-1), strict=True
+        )
     ]
 
 

@@ -123,14 +123,25 @@ def cells(study: Study) -> list[Cell]:
         factors.append([("cell", label, o) for label, o in study.cells.items()])
     for axis, values in study.axes.items():
         factors.append([(axis, label, o) for label, o in values.items()])
+    if not study.seeds:
+        raise ValueError(
+            f"study {study.name!r} has seeds=(), so no run. Give one: seeds=(0,)."
+        )
+    empty = [axis for axis, values in study.axes.items() if not values]
+    if empty:
+        raise ValueError(
+            f"study {study.name!r}: the axis {empty[0]!r} has no label, so there is no "
+            "cell. Give it label -> overrides, or remove it."
+        )
     for axis, label, _ in itertools.chain(*factors):
         if not re.fullmatch(r"[\w.+]+", str(label)):
             raise ValueError(
                 f"study {study.name!r}, axis {axis!r}: the label {label!r} becomes a "
                 "part of a directory's name. Use letters, digits, '_', '.' and '+'."
             )
-    raw = config.freeze(cli.load_config(study.config))
-    base = costs.resolved(raw, dict(study.base))
+    with _named(study):
+        raw = config.freeze(cli.load_config(study.config))
+        base = costs.resolved(raw, dict(study.base))
     found = []
     for combination in itertools.product(*factors):
         overrides: dict[str, Any] = {}
@@ -152,8 +163,9 @@ def cells(study: Study) -> list[Cell]:
 class _named:
     """Errors say which cell they are of."""
 
-    def __init__(self, study: Study, name: str):
-        self.where = f"study {study.name!r}, cell {name!r}: "
+    def __init__(self, study: Study, name: str = ""):
+        part = f"cell {name!r}" if name else "its config or base"
+        self.where = f"study {study.name!r}, {part}: "
 
     def __enter__(self):
         return self
@@ -181,6 +193,12 @@ def load(path: str) -> Study:
     module = importlib.util.module_from_spec(spec)
     with cli._errors_of(path, path):
         spec.loader.exec_module(module)
+    if not hasattr(module, "get_study"):
+        raise ValueError(
+            f"--config={path}: the file does not define get_study(). A study's does; "
+            "see t5x_lite/studies/grid.py."
+        )
+    with cli._errors_of(path, path):
         made = module.get_study()
     if not isinstance(made, Study):
         raise ValueError(

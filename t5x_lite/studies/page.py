@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from t5x_lite.studies import figures, summary
+from t5x_lite.studies import compare, figures, summary
 from t5x_lite.studies.analysis import Analysis, Cell
+from t5x_lite.studies.commands_fit import flat
 from t5x_lite.studies.commands_fit import text as laws_as_text
 
 PAGE = string.Template("""<!DOCTYPE html>
@@ -86,7 +87,10 @@ def write(found: Analysis, output: pathlib.Path, name: str) -> pathlib.Path:
         laws=html.escape("\n".join(laws_as_text(found)).strip()),
         cells_note=html.escape(
             "Loss: mean of the seeds ± their standard deviation, nats per predicted "
-            "token. A cell's name leads to its config."
+            "token. Better than: cells whose loss is higher by more than noise "
+            "explains (Games-Howell; of more than "
+            f"{compare.MOST_PAIRED} cells the best one alone is compared). A cell's "
+            "name leads to its config."
         ),
         cells=cells_table(found),
         **_sentences(found),
@@ -149,7 +153,7 @@ def cells_table(found: Analysis) -> str:
     """One row for each cell, in the study's order."""
     head = (
         "cell", "seeds", "loss", "parameters N", "embedding", "tokens D", "D / N",
-        "FLOPs C", "minutes a run",
+        "FLOPs C", "minutes a run", "better than",
     )  # fmt: skip
     rows = []
     for k, cell in enumerate(found.cells):
@@ -166,6 +170,7 @@ def cells_table(found: Analysis) -> str:
             f"{cell.D / cell.N:.3g}",
             f"{cell.C:.3g}",
             f"{minutes:.2f}",
+            html.escape(_better_than(found, cell)),
         )
         link = f'<a href="#config-{k}">{html.escape(cell.name)}</a>'
         rows.append(f"<tr><td>{link}</td>" + "".join(f"<td>{v}</td>" for v in values))
@@ -173,15 +178,27 @@ def cells_table(found: Analysis) -> str:
     return f"<table><tr>{titles}</tr>\n" + "</tr>\n".join(rows) + "</tr></table>"
 
 
+def _better_than(found: Analysis, cell: Cell) -> str:
+    for compared in found.comparisons:
+        if cell in compared.cells:
+            worse = compared.worse_than(cell)
+            if len(worse) == len(compared.cells) - 1:
+                return "all others"
+            return ", ".join(c.name for c in worse)
+    return ""
+
+
 def _configs(chosen: Sequence[Cell]) -> dict[str, str]:
     """The common part of all configs, and for each cell what it adds."""
-    flat = [_flat(cell.records[0].config) for cell in chosen]
+    configs = [flat(cell.records[0].config) for cell in chosen]
     shared = {
-        k: v for k, v in flat[0].items() if all(f.get(k, _NONE) == v for f in flat)
+        k: v
+        for k, v in configs[0].items()
+        if all(c.get(k, _NONE) == v for c in configs)
     }
     shared.pop("seed", None)
     blocks = []
-    for k, (cell, config) in enumerate(zip(chosen, flat, strict=True)):
+    for k, (cell, config) in enumerate(zip(chosen, configs, strict=True)):
         own = {key: v for key, v in config.items() if key not in shared}
         seeds = ", ".join(str(r.seed) for r in cell.records)
         own["seed"] = f"each of {seeds}" if len(cell.records) > 1 else seeds
@@ -193,15 +210,6 @@ def _configs(chosen: Sequence[Cell]) -> dict[str, str]:
 
 
 _NONE = object()
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value} if prefix else {}
-    found = {}
-    for key, part in value.items():
-        found |= _flat(part, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def _lines(flat: dict[str, Any]) -> str:

@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--json", help="also write the plan to this file")
     parser.add_argument("--limit", type=int, default=40, help="rows shown; 0 = all")
     flags = parser.parse_args(argv)
+    if flags.limit < 0:
+        raise ValueError(f"--limit={flags.limit}: give 0 (all rows) or more.")
     study = grid.load(flags.config)
     cells = grid.cells(study)
     root = flags.root or default_root(study)

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage
 
 from t5x_lite.studies import fit
 from t5x_lite.studies.fit import Estimate, Points
@@ -336,12 +336,3 @@ def smooth(curve) -> tuple[np.ndarray, np.ndarray]:
     smoothed = ndimage.gaussian_filter1d(losses, wide, mode="nearest")
     keep = slice(len(losses) // 20, None)
     return steps[keep] / steps[-1], smoothed[keep]
-
-
-def tukey(level: float, groups: int, free: float) -> float:
-    """Factor on the standard error of a mean: intervals of any two cells' difference.
-
-    Quantile of the studentised range over sqrt(2): with all pairs of `groups` means
-    compared at once, one wrong claim in `1 - level` of the studies.
-    """
-    return float(stats.studentized_range.ppf(level, groups, free) / np.sqrt(2))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 PARAMETERS = ("total", "embedding", "non_embedding")
+AGAIN = "Remove the line and run the cell again."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +67,29 @@ class Record:
 
 
 def read_rows(path) -> list[dict[str, Any]]:
-    """The lines as dicts; a last line torn by a kill is left out."""
+    """The lines as dicts; a last line torn by a kill is left out.
+
+    Raises:
+      ValueError: naming the file and the line that is no JSON object.
+    """
     path = pathlib.Path(path)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{_broken(path, number)}: {error}. {AGAIN}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{_broken(path, number)}. {AGAIN}")
+        found.append(row)
+    return found
+
+
+def _broken(path, number: int) -> str:
+    return f"{path}, line {number}, is no JSON object"
 
 
 def read(path) -> list[Record]:
@@ -96,8 +116,13 @@ def read(path) -> list[Record]:
         if missing:
             raise ValueError(
                 f"{path}, line {number}, has no {', '.join(missing)}; needed are "
-                f"{', '.join(needed)}. Remove the line and run the cell again."
+                f"{', '.join(needed)}. {AGAIN}"
             )
+        for name, value in _numbers(row).items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(
+                    f"{path}, line {number}: {name}={value!r} is no number. {AGAIN}"
+                )
         record = Record(**{k: v for k, v in row.items() if k in fields})
         found[record.cell, record.seed] = record
     if not found:
@@ -106,3 +131,10 @@ def read(path) -> list[Record]:
             "them."
         )
     return list(found.values())
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a line that must be numbers; a loss may be null."""
+    losses = {"heldout_loss": row.get("heldout_loss"), **row.get("heldout", {})}
+    told = {name: row[name] for name in ("seed", "training_flops", "tokens")}
+    return told | {k: v for k, v in losses.items() if v is not None}

@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from t5x_lite.studies import powerlaws
-from t5x_lite.studies.analysis import Analysis, Cell, Family
+from t5x_lite.studies import fit
+from t5x_lite.studies.analysis import Analysis, Cell, Comparison, Family
 from t5x_lite.studies.fit import Estimate
 
 FAR = 10.0  # times the largest run, where the law is asked if no budget is given
@@ -22,8 +22,8 @@ class Sentence(NamedTuple):
 def summarise(found: Analysis) -> list[Sentence]:
     """All statements, those on what was run first."""
     told = [*_what(found), *_noise(found)]
-    for name, group in found.comparable().items():
-        told += _comparison(found, name, group)
+    for compared in found.comparisons:
+        told += _comparison(found, compared)
     scaled = [f for f in found.families if f.scales]
     for f in scaled:
         told += _law(found, f) + _approaches(found, f) + _leave_out(found, f)
@@ -57,6 +57,8 @@ def _what(found: Analysis):
         span = f"{low:.3g}" if high < 1.005 * low else f"{low:.3g} to {high:.3g}"
         text += f"{label} {span}{unit}{', ' if name != 'C' else '.'}"
     yield Sentence("note", text)
+    if found.coverage:
+        yield Sentence("note", found.coverage)
 
 
 def _hours(hours: float) -> str:
@@ -66,6 +68,14 @@ def _hours(hours: float) -> str:
 
 
 def _noise(found: Analysis):
+    if found.dropped:
+        names = [f"{r.cell} seed {r.seed}" for r in found.dropped]
+        yield Sentence(
+            "note",
+            f"{len(names)} run{'s have' if len(names) > 1 else ' has'} no finite loss "
+            f"and {'are' if len(names) > 1 else 'is'} left out: {_few(names)}. A cell "
+            "that lost its bad runs looks better than it is.",
+        )
     if not found.noise.free:
         yield Sentence(
             "not",
@@ -73,53 +83,60 @@ def _noise(found: Analysis):
             "no difference between cells is supported.",
         )
         return
+    own = [float(c.losses.std(ddof=1)) for c in found.cells if len(c.losses) > 1]
+    text = f"The standard deviation between the seeds of a cell is {min(own):.4f}"
+    if len(own) > 1:
+        text += f" to {max(own):.4f} nats, pooled {found.noise.sigma:.4f}"
     yield Sentence(
         "note",
-        f"The loss of a cell varies by {found.noise.sigma:.4f} nats between seeds "
-        f"(standard deviation, {found.noise.free} degrees of freedom).",
+        f"{text}{'' if len(own) > 1 else ' nats'}. Differences are judged by the "
+        "Games-Howell test: each cell by its own spread, all pairs allowed for, "
+        f"{100 * (1 - found.settings.level):.3g} % for one wrong claim. Few seeds let "
+        "large differences alone count.",
     )
 
 
-def _comparison(found: Analysis, name: str, group: list[Cell]) -> list[Sentence]:
-    """Which cells can be told from the best, all pairs allowed for (Tukey 1949)."""
-    ordered = sorted(group, key=lambda c: c.mean)
-    best, noise = ordered[0], found.noise
-    where = f"Of {name}" if len(found.comparable()) > 1 else "Of all cells"
+def _few(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _comparison(found: Analysis, compared: Comparison) -> list[Sentence]:
+    """Which cells can be told from the best."""
+    best, others = compared.cells[0], compared.cells[1:]
+    where = f"Of {compared.name}" if len(found.comparisons) > 1 else "Of all cells"
     lowest = f"{where}, {best.name} has the lowest loss, {best.mean:.4f} nats"
-    if not noise.free:
-        gap = ordered[1].mean - best.mean
+    if len(best.losses) < 2:
+        gap = others[0].mean - best.mean
         text = f"{lowest}, {gap:.4f} below the next; with one seed this may be noise."
         return [Sentence("not", text)]
-    factor = powerlaws.tukey(found.settings.level, len(group), noise.free)
-    same, worse = [], []
-    for cell in ordered[1:]:
-        error = noise.sigma * np.sqrt(1 / len(best.losses) + 1 / len(cell.losses))
-        far = cell.mean - best.mean > factor * error
-        (worse if far else same).append(cell)
-    least = factor * noise.sigma * np.sqrt(2 / len(best.losses))
+    worse = compared.worse_than(best)
+    p = dict(zip((c.name for c in compared.cells), compared.p[0], strict=True))
+
+    def shown(c: Cell) -> str:
+        tested = f"p {p[c.name]:.2g}" if np.isfinite(p[c.name]) else _untested(c)
+        return f"{c.name} (by {c.mean - best.mean:.4f}, {tested})"
+
     told = []
     if worse:
-        which = "the others" if not same else f"{len(worse)} of the others"
-        ends = [worse[0]] if len(worse) == 1 else [worse[0], worse[-1]]
-        gaps = " to ".join(f"{c.name} (by {c.mean - best.mean:.4f})" for c in ends)
+        all_of_them = len(worse) == len(others)
+        which = "the others" if all_of_them else f"{len(worse)} of the others"
         told.append(
             Sentence(
                 "is",
                 f"{lowest}, better than {which} by more than the noise between seeds "
-                f"explains: {gaps}.",
+                f"explains: {_few([shown(c) for c in worse])}.",
             )
         )
+    same = [shown(c) for c in others if c not in worse]
     if same:
-        names = ", ".join(c.name for c in same[:8])
-        names += f" and {len(same) - 8} more" if len(same) > 8 else ""
-        told.append(
-            Sentence(
-                "not",
-                f"{lowest}, but it cannot be told from {names}: with these seeds a "
-                f"difference must exceed {least:.4f} nats to count.",
-            )
-        )
+        text = f"{lowest}, but with these seeds it cannot be told from {_few(same)}."
+        told.append(Sentence("not", text))
     return told
+
+
+def _untested(c: Cell) -> str:
+    return "one seed" if len(c.losses) < 2 else "seeds do not vary"
 
 
 def _law(found: Analysis, f: Family) -> list[Sentence]:
@@ -143,7 +160,13 @@ def _law(found: Analysis, f: Family) -> list[Sentence]:
             )
             told.append(Sentence("not" if wide else "is", text))
     E = named["E"]
-    if E.low < 0.5 * E.value:
+    if f.law.unbounded:
+        text = (
+            f"{where}the irreducible loss E is not determined (at its bound, "
+            f"{fit.FLOOR:g} of the lowest loss): nothing was trained near it."
+        )
+        told.append(Sentence("not", text))
+    elif E.low < 0.5 * E.value:
         text = f"{where}the irreducible loss E is not determined: {_shown(E)} nats."
         told.append(Sentence("not", text))
     else:

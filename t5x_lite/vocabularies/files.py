@@ -20,6 +20,11 @@ def find(spec: str) -> list[Path]:
     Raises:
         FileNotFoundError: there is none.
     """
+    if not spec:
+        raise FileNotFoundError(
+            "config.data.vocab is empty: give --config.data.vocab=FILE, or convert "
+            "with --vocab=FILE."
+        )
     path = Path(spec)
     if path.is_dir():
         found = [p for name in _NAMES for p in sorted(path.glob(name))]

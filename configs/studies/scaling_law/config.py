@@ -3,9 +3,9 @@
     python -m t5x_lite.study run --config=configs/studies/scaling_law/config.py
     python -m t5x_lite.study fit --config=configs/studies/scaling_law/config.py
 
-Seven sizes with heads 8 wide; 4 to 500 tokens for each parameter beside the embeddings,
-at most 1.7 epochs. The largest budget is for testing the prediction that the four
-others make.
+Seven sizes with heads 8 wide; 1.4 to 1,450 tokens for each parameter beside the
+embeddings, at most 1.7 epochs. The largest budget is for testing the prediction that
+the four others make.
 
 What came before: with learned positions, or fewer than some 300 steps, models stay on
 the plateaus of single bytes and of pairs (3.08 and 2.4 nats: l1_d32 at 2e10 FLOPs gave
@@ -13,17 +13,19 @@ the plateaus of single bytes and of pairs (3.08 and 2.4 nats: l1_d32 at 2e10 FLO
 budgets have small models. Of 2, 4 and 8 rows a step, 2 were best by far (l2_d32 at 3e11
 FLOPs, rate 4e-3: 2.08, 2.21, 2.27): steps are scarce.
 
-Run 2026-11-21 on one of two CPU cores that did other work too, 33 minutes for 45 runs.
-L(N, D) with E = 0.002 [0.001, 0.002], alpha 0.52 [0.002, 3.5], beta 0.16 [0.12, 0.43];
-the best size grows as C^0.24 [0.02, 0.91]: these data tell little of it. Fitted without
-the largest budget (3.2 times the rest), it predicts that budget's three cells with a
-root mean square error of 0.159 nats, 9.7 % (0.0003, 0.174 and 0.213), all in their
-intervals; the power law of compute alone misses the best one, 1.641, by 0.064 (3.9 %),
-less than L(N, D) does. Only one budget's parabola has a minimum between its sizes (2e12:
-70 thousand parameters); in the smaller ones the smallest model won, so no approach 2.
-Seeds differ by 0.086 nats, most at the smallest budgets (0.18 to 0.25), where a run ends
-within the drop of the loss from 3.0 to 2.4. E is at its bound: nothing here was trained
-near the irreducible loss. report.html has it all.
+Run 2026-11-21 on one of two CPU cores that did other work too, 20 minutes for 45 runs.
+L(N, D) = E + A / N^alpha + B / D^beta (nats per byte, N total, intervals of 95 %): E
+0.91 [0.38, 1.22], alpha 0.43 [0.24, 0.63], beta 0.45 [0.24, 0.68]; the best size grows
+as C^0.52 [0.38, 0.65] by L(N, D), C^0.59 [0.55, 0.65] by the parabolas, C^0.50 [0.31,
+0.94] by the envelope: size and tokens about equally, as Hoffmann et al. 2022 found.
+
+Fitted without the largest budget (3.2 times the rest), L(N, D) predicts its best cell,
+1.463, as 1.477 [1.369, 1.591]: +0.013 nats, 0.9 %; the other two with -0.061 and
++0.029. All lie in their intervals, and the best loss before was 1.619. The power law of
+compute alone says 1.383 [1.224, 1.568], 5.5 % too low. Of 10 times the compute it says
+1.25 [1.13, 1.36] with 233 thousand [113, 477] parameters: further than was tested.
+Seeds differ by 0.016 nats. Bytes, one corpus of 2.9 MB, models of 4 to 225 thousand
+parameters: the constants are of these. report.html has it all.
 """
 
 from t5x_lite.studies import grid, ladders

@@ -25,16 +25,18 @@ unigram predictor: 3.110):
 | prefix-LM | 2.559 ± 0.004 | 2.471 ± 0.011 |
 | decoder | 2.558 ± 0.004 | 2.077 ± 0.017 |
 
-Which of the paper's orderings show: sharing costs little (0.010 and 0.007, within the
-noise). Which do not: denoising before language modelling (reversed in all five rows),
-encoder-decoder before prefix-LM before decoder (no difference with denoising, reversed
-with language modelling), half the depth worse (reversed: at equal compute it is trained
-on more text). Why: at 4e11 FLOPs all cells but one stand near what the byte before
-tells (2.4 to 2.6), `ordering` included (2.42 to 2.57, as the continuation: the input is
-not read yet); the decoder's language model alone, which learns from every byte it
-reads, has begun to use its context. And the measure is a language model's. So this says
-which cell learns first, not which is better when trained. A labelled task is left to
-the fine-tuning stages. report.html has it all.
+Which of the paper's orderings show: sharing costs little (0.010 and 0.007, not more
+than noise). Which do not (Games-Howell, 5 %): denoising before language modelling
+(reversed for half as deep, prefix-LM and decoder; for the other two the difference may
+be noise), encoder-decoder before prefix-LM before decoder (no difference that counts
+with denoising, reversed with language modelling), half the depth worse (reversed with
+language modelling, where at equal compute it is trained on more text; no difference
+that counts with denoising). Why: at 4e11 FLOPs all cells but one stand near what the
+byte before tells (2.4 to 2.6), `ordering` included (2.42 to 2.57, as the continuation:
+the input is not read yet); the decoder's language model alone, which learns from every
+byte it reads, has begun to use its context. And the measure is a language model's. So
+this says which cell learns first, not which is better when trained. A labelled task is
+left to the fine-tuning stages. report.html has it all.
 """
 
 from t5x_lite.studies import grid, ladders
