@@ -99,7 +99,11 @@ def container_of(path: pathlib.Path) -> dict:
     return container
 
 
-@pytest.mark.parametrize("path", [*SHELL, *JOBSETS], ids=name_of)
+# study.sbatch runs `study run`: tests/test_study_run.py.
+TRAINING = [path for path in SHELL if path.name != "study.sbatch"]
+
+
+@pytest.mark.parametrize("path", [*TRAINING, *JOBSETS], ids=name_of)
 def test_one_line_of_python_and_its_flags_are_real(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     code = [line for line in path.read_text().splitlines() if line[:1] != "#"]

@@ -123,6 +123,7 @@ def test_the_command_verifies_with_numpy(name, tmp_path, capsys):
 NOT_READ = {"attention", "dropout", "dtype", "init_residual", "init_std", "remat"}
 NOT_READ |= {"entities", "entity_heads", "entity_layers", "scan", "unpadded"}
 NOT_READ |= {"max_positions", "vocab_size", "d_ff", "heads", "window_every"}
+NOT_READ |= {f.name for f in dataclasses.fields(ModelConfig) if f.name[:5] == "base_"}
 
 
 def test_a_new_key_of_the_model_is_read_or_refused():
@@ -135,6 +136,7 @@ def test_what_it_has_not_is_refused():
     for changes in (
         dict(positions="functional"),
         dict(structure="decoder", window=4),
+        dict(parametrisation="mup", base_d_model=16),
         dict(structure="encoder", generator_width=0.5, transform_output=True),
     ):
         model = vars(tiny_config(model=changes).model)

@@ -26,6 +26,8 @@ def unsupported(model: Mapping[str, Any]) -> str:
     """Which key of config.model asks for more than is here; "" if none does."""
     if model["positions"] not in POSITIONS:
         return f"positions={model['positions']!r}"
+    if (way := model.get("parametrisation", "standard")) != "standard":
+        return f"parametrisation={way!r}"
     more = ("query_streams", "memory_length", "window", "generator_width", "d_entity")
     return next((f"{key}={model[key]}" for key in more if model[key]), "")
 
