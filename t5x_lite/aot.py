@@ -128,7 +128,7 @@ class Topology:
         name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         try:
             return list(topologies.get_topology_desc(name, "tpu", **more).devices)
-        except Exception as e:
+        except jax.errors.JaxRuntimeError as e:
             raise ValueError(
                 f"--topology={self}: libtpu does not know such a slice ("
                 f"{str(e).splitlines()[0][:200]}). Take one that is sold, such as "
