@@ -278,6 +278,12 @@ def resolve_entities(cfg: config_lib.Config, words: Vocab) -> config_lib.Config:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, entities=size))
 
 
+def padded(ids: int, ways: int = 1) -> int:
+    """Rows for so many ids: the next multiple of 128 that also divides by `ways`."""
+    unit = math.lcm(128, ways)
+    return -(-ids // unit) * unit
+
+
 def resolve_vocab_size(
     cfg: config_lib.Config, words: Vocab, ways: int = 1
 ) -> config_lib.Config:
@@ -288,8 +294,7 @@ def resolve_vocab_size(
     """
     size = cfg.model.vocab_size
     if size == 0:
-        unit = math.lcm(128, ways)
-        size = -(-words.size // unit) * unit
+        size = padded(words.size, ways)
     if not words.size <= size < words.size + MOST_PADDED_IDS:
         raise ValueError(
             f"config.model.vocab_size={size} does not match the vocabulary "

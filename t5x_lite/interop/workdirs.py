@@ -15,6 +15,7 @@ import tqdm
 
 from t5x_lite import checkpoint, parameters, vocab
 from t5x_lite import config as config_lib
+from t5x_lite import run as run_lib
 from t5x_lite.arrays import Lazy, Slot, narrowed
 from t5x_lite.config import Config
 from t5x_lite.interop import t5x
@@ -102,7 +103,7 @@ def config_of(
     spec, words = _vocabulary(found, to, spec, sentinels, notes)
     params, model = Lazy.of(found.params), found.cfg
     if words is not None and words.size > model.vocab_size:
-        rows = -(-words.size // 128) * 128
+        rows = run_lib.padded(words.size)
         notes.append(
             f"{words.size} ids are more than the {model.vocab_size} rows of the "
             f"embedding: rows of zeros up to {rows} were added"
