@@ -25,6 +25,12 @@ def set_objective(c: ml_collections.ConfigDict, name: str, **knobs):
         c.objective = ml_collections.ConfigDict(dict(name=name) | knobs)
 
 
+def set_mixture(c: ml_collections.ConfigDict, **sources):
+    """Replaces the sources of the mixture; see t5x_lite/data/mixture.py."""
+    with c.unlocked():
+        c.data.mixture = ml_collections.ConfigDict(sources)
+
+
 def adamw(c: ml_collections.ConfigDict, learning_rate: float, warmup: int, **more):
     """Adam as BERT's descendants use it: linear decay, weight decay 0.01, no z-loss."""
     c.loss.z_loss = 0.0

@@ -25,6 +25,7 @@ from t5x_lite.config_keys import (
     OptimConfig,
     ShardingConfig,
 )
+from t5x_lite.data import rates
 from t5x_lite.model_config import ModelConfig
 
 # Those who read a config find its parts here, too.
@@ -155,6 +156,12 @@ def _cross_checks(c: Config):
             f"config.data.batch_size={c.data.batch_size} must be a multiple of "
             f"config.optim.microbatches={c.optim.microbatches}."
         )
+    if c.optim.spike_rewinds and c.optim.spike_factor <= 1:
+        yield (
+            f"config.optim.spike_rewinds={c.optim.spike_rewinds} needs "
+            f"config.optim.spike_factor above 1, here {c.optim.spike_factor}. Set it "
+            "to 1.5, say, or spike_rewinds to 0."
+        )
     if c.optim.schedule == "wsd" and c.optim.decay_steps > c.steps:
         yield (
             f"config.optim.decay_steps={c.optim.decay_steps} is more than "
@@ -185,6 +192,8 @@ def _cross_checks(c: Config):
                     f"{c.model.d_entity}: allowed is {' or '.join(map(repr, allowed))}."
                 )
     yield from model_config.problems(c.model)
+    yield from _recipe_problems(c)
+    yield from rates.problems(c.data)
     if c.model.parametrisation == "mup" and c.optim.name == "lamb":
         yield (
             "config.optim.name='lamb' does not go with config.model.parametrisation="
@@ -200,6 +209,79 @@ def _cross_checks(c: Config):
         )
     if s.dcn_data == 0:
         yield "config.sharding.dcn_data=0: give the number of slices, or -1."
+
+
+def _recipe_problems(c: Config):
+    """Yields what of fine-tuning does not fit together."""
+    o, m = c.optim, c.model
+    shared = m.share_layers or m.share_stacks or m.generator_width or m.d_entity
+    if o.layer_decay != 1.0 and (shared or not o.layer_decay):
+        yield (
+            f"config.optim.layer_decay={o.layer_decay} must be above 0 and needs "
+            "layers of their own in one or two stacks: share_layers, share_stacks, "
+            "generator_width, d_entity off. Set it to 1."
+        )
+    if (o.l2_start or c.init_optimizer == "restore") and not c.init_from:
+        yield (
+            f"config.optim.l2_start={o.l2_start}, config.init_optimizer="
+            f"{c.init_optimizer!r} need config.init_from, a workdir to start from."
+        )
+    if o.l2_start and m.lora_rank:
+        yield (
+            f"config.optim.l2_start={o.l2_start} does not go with lora_rank="
+            f"{m.lora_rank}: adapters start at no pretrained values. Set one to 0."
+        )
+    n = dict(choice=m.choices, similarity=2).get(m.head, 1) * o.microbatches
+    if n > 1 and c.data.batch_size % n:
+        yield (
+            f"config.data.batch_size={c.data.batch_size} must be a multiple of {n}: "
+            f"the rows of an example of head={m.head!r} times microbatches="
+            f"{o.microbatches}."
+        )
+    yield from _distill_problems(c)
+    if c.loss.lm_weight and not m.head:
+        yield (
+            f"config.loss.lm_weight={c.loss.lm_weight} is beside a head's loss, here "
+            "is config.model.head=''. Set it to 0."
+        )
+
+
+# Knobs of config.distill: type, lowest, highest.
+_DISTILL = dict(
+    teacher=(str, None, None),
+    step=(int, -1, None),
+    alpha=(float, 0.0, 1.0),
+    temperature=(float, 1e-3, None),
+    hidden=(float, 0.0, None),
+)
+
+
+def _distill_problems(c: Config):
+    for name, value in c.distill.items():
+        if name not in _DISTILL:
+            yield (
+                f"config.distill.{name} is no knob{nearest(name, _DISTILL)} Knobs: "
+                f"{', '.join(_DISTILL)}."
+            )
+            continue
+        kind, low, high = _DISTILL[name]
+        right = isinstance(value, (int, float) if kind is float else kind)
+        inside = right and (low is None or low <= value)
+        if not (inside and (high is None or value <= high)):
+            yield (
+                f"config.distill.{name}={value!r} must be of type {kind.__name__}, "
+                f"from {low} to {high}."
+            )
+    if c.distill and not c.distill.get("teacher"):
+        yield (
+            f"config.distill={dict(c.distill)} names no teacher. Give "
+            "teacher=WORKDIR of a finished run, or {}."
+        )
+    if c.distill and (c.model.generator_width or c.model.d_entity):
+        yield (
+            "config.distill does not go with config.model.generator_width (ELECTRA) or "
+            "d_entity (ERNIE). Set it to {}."
+        )
 
 
 def describe() -> str:

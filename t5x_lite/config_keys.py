@@ -8,21 +8,65 @@ OPTIMIZERS = ("adafactor", "adamw", "lamb")
 INIT_PRESETS = (
     *("same", "from_encoder", "from_decoder", "to_encoder", "to_decoder", "to_both"),
 )
+INIT_OPTIMIZERS = ("reset", "restore")
 SCHEDULES = ("constant", "rsqrt", "linear", "cosine", "wsd")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    train: str = key("data/train.jsonl", "path or glob of the training text")
-    heldout: str = key("data/heldout.jsonl", "path or glob of the held-out text")
+    train: str = key("data/train.jsonl", "training text; see data/sources.py")
+    heldout: str = key("data/heldout.jsonl", "held-out text; see data/sources.py")
+    field: str = key("text", "of JSONL, Parquet, TFDS, hf: where the text is")
+    documents: str = key(
+        "blank_lines",
+        "of plain text: what a document is",
+        among=("blank_lines", "lines", "files"),
+    )
+    bad_utf8: str = key(
+        "error", "bytes that are no UTF-8", among=("error", "replace", "skip")
+    )
     vocab: str = key("bytes", "'bytes', a file or its directory; see vocab.py")
     sentinels: int = key(100, "sentinel ids on top of the vocabulary", low=0)
     cache_dir: str = key("runs/stores", "where token stores are built")
+    build_processes: int = key(
+        0, "that build a store; 0 = by its size, at most one per core", low=0
+    )
+    deduplicate: bool = key(
+        False, "leave out documents whose text came before in the same source"
+    )
+    mixture: dict = key(
+        {},
+        "several texts instead of train and heldout: name -> dict(train=, heldout=, "
+        "rate=1.0, field=, documents=, bad_utf8=); see data/mixture.py",
+    )
+    mixing: str = key(
+        "rates", "rates as given, or by size (T5)", among=("rates", "proportional")
+    )
+    temperature: float = key(
+        1.0, "proportional: rate = size^(1/T); 1 = size, large = equal", low=1e-3
+    )
+    cap: int = key(0, "proportional: most examples of a source that count", low=0)
+    rate_changes: tuple = key(
+        (), "(step, source, rate) from which step on a source has another rate"
+    )
     inputs_length: int = key(512, "encoder tokens per example, EOS included", low=4)
     train_inputs: bool = key(False, "decoder: train on the inputs of a pair too")
     static_noise: bool = key(False, "a window's noise is the same in every epoch")
+    tasks: tuple = key((), "labelled tasks to train on; see data/tasks.py; () = none")
+    task_dir: str = key("data/tasks", "folder of the tasks' files")
+    task_format: str = key(
+        "text", "text to text, or a head on top (model.head)", among=("text", "head")
+    )
+    custom_tasks: dict = key(
+        dict(),
+        "tasks of your own: name -> dict(train=, dev=, test=, inputs=, label=, "
+        "classes=, head=, metrics=, prefix=, prompt=)",
+    )
+    targets_length: int = key(128, "tasks as text: target tokens, with EOS", low=2)
+    stride: int = key(128, "span tasks: tokens from window to window", low=1)
     batch_size: int = key(128, "examples per step, over all devices", low=1)
     prefetch: int = key(2, "batches prepared ahead", low=0)
+    workers: int = key(0, "processes that prepare batches; 0 = a thread", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +94,29 @@ class OptimConfig:
     lr_rules: tuple = key(
         ((r".*", 1.0),), "(regex, multiplier) of the learning rate, 0 = frozen"
     )
+    layer_decay: float = key(
+        1.0, "rate of a layer / of the one above it (ULMFiT, ELECTRA)", low=0.0
+    )
+    unfreeze: tuple = key(
+        (), "(regex, step): frozen before that step; first match wins; others train"
+    )
+    l2_start: float = key(
+        0.0, "decoupled pull to the parameters of init_from (L2-SP)", low=0.0
+    )
+    skip_nonfinite: int = key(
+        10, "steps in a row that are skipped when not finite; 0 = stop at once", low=0
+    )
+    spike_factor: float = key(
+        0.0, "a loss above k times the usual one is a spike; 0 = none is", low=0.0
+    )
+    spike_window: int = key(50, "steps whose median is the usual loss", low=1)
+    spike_rewinds: int = key(0, "most rewinds of a run; 0 = note spikes only", low=0)
+    spike_back: int = key(
+        100, "a rewind's checkpoint is so many steps before the spike", low=1
+    )
+    spike_skip: int = key(
+        200, "batches after the spike that a rewind leaves out", low=0
+    )
     microbatches: int = key(1, "gradient accumulation steps", low=1)
     accumulate_dtype: str = key(
         "float32", "of gradients summed over microbatches", among=DTYPES
@@ -62,6 +129,12 @@ class LossConfig:
     z_loss: float = key(1e-4, "weight of log(Z)^2", low=0.0)
     replaced_weight: float = key(50.0, "of ELECTRA's discriminator loss", low=0.0)
     chunk: int = key(0, "target positions per logits chunk; 0 = by size", low=0)
+    label_smoothing: float = key(
+        0.0, "share of the target spread over all ids", low=0.0, high=0.99
+    )
+    lm_weight: float = key(
+        0.0, "with a head: of the language model's loss (GPT-1: 0.5)", low=0.0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +170,16 @@ class CheckpointConfig:
     keep_last: int = key(2, "newest checkpoints kept", low=1)
     keep_every: int = key(0, "also keep every k-th step for ever; 0 = none", low=0)
     keep_best: int = key(1, "also keep the n best by held-out loss", low=0)
+    metric: str = key(
+        "heldout_loss", "of the held-out evaluations: what the best is by"
+    )
+    metric_mode: str = key("min", "which is better", among=("min", "max"))
+    patience: int = key(
+        0, "stop after that many evaluations without a better metric; 0 = never", low=0
+    )
+    read_back: bool = key(
+        True, "read every checkpoint once it is written, before an older one goes"
+    )
     accept_changes: bool = key(False, "resume though the data or its order changed")
     restore_step: int = key(-1, "step to resume from; -1 = the latest", low=-1)
 
@@ -118,6 +201,15 @@ class Config:
     )
     init_from: str = key(
         "", "workdir whose parameters a new run starts from; empty = drawn"
+    )
+    init_step: int = key(
+        -1, "its checkpoint; -1 = the latest when the run starts", low=-1
+    )
+    init_forgetting: bool = key(
+        True, "at the end, evaluate the stages before; see t5x_lite/stages.py"
+    )
+    init_optimizer: str = key(
+        "reset", "restore: go on with its optimizer's moments", among=INIT_OPTIMIZERS
     )
     init_preset: str = key(
         "same",
@@ -142,6 +234,9 @@ class Config:
     objective: dict = key(
         dict(name="span_corruption", density=0.15, mean_span=3.0),
         "objective name (t5x_lite/objectives) and its knobs",
+    )
+    distill: dict = key(
+        {}, "teacher=WORKDIR and weights of its lessons; see distill.py; {} = none"
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -14,10 +14,11 @@ from t5x_lite.sharding import constrain
 
 
 class Cache(NamedTuple):
-    """Keys and values kept while decoding; every array carries a layers axis.
+    """Keys and values of one layer, kept while decoding.
 
-    keys, values: [L, B, S, N, H] of the decoder's own tokens, filled up to `index`.
-    cross_keys, cross_values: [L, B, S', N, H] of the encoder's output, or None.
+    keys, values: [B, S, N, H] of the decoder's own tokens, filled up to `index`.
+    cross_keys, cross_values: [B / K, S', N, H] of the encoder's output, or None; K
+      beams, neighbours in the batch, share them.
     """
 
     keys: jax.Array
@@ -42,6 +43,7 @@ class Context(NamedTuple):
     seen: str = "mask"  # "all", "causal": what visible_BTS is promised to be
     memory_seen: str = "mask"
     index: jax.Array | None = None  # where a cached decoder writes; None = no cache
+    keep: bool = False  # give each layer's input
 
 
 def relative_bias(table: positions.RelativeBias, ctx: Context) -> jax.Array:
@@ -71,7 +73,7 @@ class Block(nnx.Module):
         self.mlp = layers.FeedForward(cfg)
 
     def __call__(self, x_BTD, ctx: Context, key=None, cache=None, before_BMD=None):
-        """-> (x_BTD, this layer's cache). `cache` has no layers axis here.
+        """-> (x_BTD, this layer's cache).
 
         Args:
           before_BMD: inputs of this layer at the M tokens before (XLNet's memory).
@@ -115,7 +117,12 @@ class Block(nnx.Module):
             else:
                 kv = (cache.cross_keys, cache.cross_values)
             seen_BTS, how = ctx.memory_visible_BTS, ctx.memory_seen
-            return self.cross(h_BTD, kv, seen_BTS, None, keys[2], seen=how)
+            # Beams are queries of one row, so that its keys are read once for them all.
+            shape, rows = h_BTD.shape, len(kv[0])
+            if rows < shape[0]:
+                h_BTD = h_BTD.reshape(rows, -1, shape[-1])
+            y_BTD = self.cross(h_BTD, kv, seen_BTS, None, keys[2], seen=how)
+            return y_BTD.reshape(shape)
 
         x_BTD = sublayer(x_BTD, self.attention_norm, attend, keys[1])
         if self.has_cross and ctx.memory_visible_BTS is not None:
@@ -162,11 +169,18 @@ class Stack(nnx.Module):
         if cfg.norm_order == "pre":
             self.norm = layers.Norm(cfg)
 
+    def layers(self) -> list[Block]:
+        """Every layer with parameters of its own, for decoding."""
+        if self.cfg.share_layers:
+            return [self.blocks] * self.depth
+        graph, params = nnx.split(self.blocks)
+        each = [jax.tree.map(lambda p, i=i: p[i], params) for i in range(self.depth)]
+        return [nnx.merge(graph, of_layer) for of_layer in each]
+
     def __call__(self, x_BTD, ctx: Context, key=None, cache=None, before_LBMD=None):
         """-> (x_BTD after the final norm, new cache, each layer's input [L, B, T, D]).
 
-        The inputs are of the stack's own cells, and only kept with config.model.
-        memory_length; else None.
+        The inputs are of the stack's own cells, and only kept if `ctx.keep`; else None.
         """
         graph, params = nnx.split(self.blocks)
         params, cfg = nnx.to_pure_dict(params), self.cfg
@@ -186,7 +200,7 @@ class Stack(nnx.Module):
                 seen = jnp.where(banded, ctx.banded_BTS, ctx.visible_BTS)
                 own = ctx._replace(visible_BTS=seen)
             read_BTD = None
-            if cfg.memory_length and ctx.grid is not None:
+            if ctx.keep and ctx.grid is not None:
                 read_BTD = x_BTD[:, : ctx.grid.length]
             block = nnx.merge(graph, params)
             x_BTD, cache = block(x_BTD, own, key, cache, before_BMD)

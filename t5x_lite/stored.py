@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from t5x_lite import checkpoint, model, parameters
+from t5x_lite import checkpoint, integrity, model, parameters
 from t5x_lite import config as config_lib
 from t5x_lite.arrays import Lazy, Slot
 
@@ -21,9 +21,9 @@ def open_params(workdir, step: int = -1) -> Lazy:
       FileNotFoundError: if there is no checkpoint.
       ValueError: if `step` is none of them; while reading, if it is damaged.
     """
-    cfg, step, _ = checkpoint.read_run(workdir, step)
+    cfg, step, meta = checkpoint.read_run(workdir, step)
     reader = checkpoint.Checkpoints(workdir, config_lib.CheckpointConfig(), reader=True)
-    reader.close()
+    sums = meta.get(integrity.SUMS, {})
     path, reading = reader.directory / str(step) / "state", reader.read_errors
 
     def read(name: str, stored: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -38,6 +38,7 @@ def open_params(workdir, step: int = -1) -> Lazy:
                     partial_restore=True,
                 ),
             )
+            integrity.check(sums, restored)
         (array,) = jax.tree.leaves(restored)
         return array
 

@@ -12,13 +12,13 @@ from t5x_lite import (
     checkpoint,
     cli,
     config,
-    evaluate,
     export,
     generate,
     model,
     parameters,
     prompts,
     run,
+    samples,
     vocab,
 )
 
@@ -217,7 +217,7 @@ def test_training_ends_with_samples(name, begins, mark, stores, capsys):
     )
     cfg = dataclasses.replace(cfg, data=data)
     setup = run.Setup.of(cfg, jax.devices()[:1])
-    lines = evaluate.samples(setup, params, 2)
+    lines = samples.samples(setup, params, 2)
     if begins is None:
         assert lines == []
         return
@@ -229,8 +229,8 @@ def test_samples_never_fail_a_finished_run(monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("defect")
 
-    monkeypatch.setattr(evaluate, "samples", broken)
-    evaluate.print_samples(None, {})  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(samples, "samples", broken)
+    samples.print_samples(None, {})  # pyright: ignore[reportArgumentType]
     assert "no samples to show: RuntimeError: defect" in capsys.readouterr().out
 
 

@@ -55,6 +55,7 @@ def step_log(workdir, first=0, kind="cpu", devices=1, **sections):
             devices=np.full(devices, device, object), size=devices
         ),
         epoch=lambda step: 0,
+        epochs=lambda step: {},
     )
     lines = Lines()
     timings = {"import": 1.0, "compile": 4.0}
@@ -64,7 +65,7 @@ def step_log(workdir, first=0, kind="cpu", devices=1, **sections):
 ones: Any = np.ones((), np.float32)
 SUMS = losses.Sums(ones, ones, ones, ones, ones)
 RESULT = {"sums": {"tokens": SUMS}, "grad_norm": 1.0, "fingerprint": 7}
-RESULT["learning_rate"] = 0.5
+RESULT |= {"learning_rate": 0.5, "nonpadding": 1.0}
 
 
 def go(log, clock, steps, *, data=0.5, compute=3.0, save=None):
@@ -166,7 +167,7 @@ def resumed(tmp_path_factory):
     raw.checkpoint.every = 3
     raw.profile, raw.profile_first = 2, 1
     began = time.perf_counter()
-    with mock.patch("t5x_lite.evaluate.print_samples"):
+    with mock.patch("t5x_lite.samples.print_samples"):
         for raw.steps in (6, 9):
             with mock.patch.object(train, "_STARTED", time.perf_counter()):
                 train.train(config.freeze(raw), workdir / "run")

@@ -23,6 +23,7 @@ from t5x_lite import (
     __version__,
     checkpoint,
     cli,
+    compatible,
     evaluate,
     metrics,
     sharding,
@@ -33,6 +34,7 @@ from t5x_lite import run as run_lib
 from t5x_lite.config import Config
 from t5x_lite.studies import costs, grid
 from t5x_lite.studies.progress import Progress
+from t5x_lite.workdir import only_process, replace
 
 CURVE = 200  # most points of a noted loss curve
 
@@ -126,7 +128,7 @@ def log_to(path: pathlib.Path):
 def run_cell(cell: grid.Cell, where: pathlib.Path) -> dict:
     """Trains, evaluates and adapts one cell, or goes on with it -> its record."""
     began = time.perf_counter()
-    with train.only_process(where):
+    with only_process(where):
         clock = Clock(where / "seconds.json")
         with clock:
             heldout = trained(cell.config, where / "train")
@@ -140,7 +142,7 @@ def run_cell(cell: grid.Cell, where: pathlib.Path) -> dict:
                 found |= {f"{name}_{k}": v for k, v in scores.items()}
         row = record(cell, where, found) | {"wall_seconds": clock.total}
         row["session_seconds"] = time.perf_counter() - began
-        train.replace(where / "result.json", json.dumps(row) + "\n")
+        replace(where / "result.json", json.dumps(row) + "\n")
     return row
 
 
@@ -156,7 +158,7 @@ class Clock:
 
     def __exit__(self, *_):
         self.total += time.perf_counter() - self._began
-        train.replace(self.path, json.dumps(round(self.total, 3)))
+        replace(self.path, json.dumps(round(self.total, 3)))
 
 
 def trained(cfg: Config, workdir: pathlib.Path) -> dict:
@@ -197,7 +199,7 @@ def evaluated(cfg: Config, workdir: pathlib.Path) -> dict[str, float]:
     """Held-out scores of a finished run under another config: of data or objective."""
     _, _, params, _, meta = checkpoint.load_run(workdir)
     setup = run_lib.Setup.of(cfg)
-    checkpoint.check_vocab(meta, setup.vocab)
+    compatible.check_vocab(meta, setup.vocab)
     with sharding.use(setup.mesh, setup.cfg.sharding.rules):
         params = carried(params, setup.abstract_state["params"])
         words = setup.vocab.size
@@ -213,7 +215,7 @@ def adapted(
     if not saved_steps(cfg, workdir):
         _, _, params, _, meta = checkpoint.load_run(where / "train")
         setup = run_lib.Setup.of(cfg)
-        checkpoint.check_vocab(meta, setup.vocab)
+        compatible.check_vocab(meta, setup.vocab)
         with sharding.use(setup.mesh, setup.cfg.sharding.rules):
             state = setup.create_state()
             state["params"] = carried(params, state["params"], adaptation.anew)
