@@ -216,7 +216,7 @@ def of_text(
 
 
 def spread(items: Sequence, limit: int) -> list:
-    """At most `limit` of them, at even distances, as files are often sorted; 0 = all."""
+    """At most `limit` of them (0 = all), evenly: files are often sorted by class."""
     if not limit or limit >= len(items):
         return [*items]
     return [items[i * len(items) // limit] for i in range(limit)]

@@ -178,7 +178,9 @@ class StepLog:
         }
         if self.peak:
             found["mfu"] = self.flops / step / self.peak
-        found["goodput"] = self.useful / (time.time() - self.run_began)
+        # A clock that was set back makes the run look shorter than what it did.
+        elapsed = max(time.time() - self.run_began, self.useful)
+        found["goodput"] = self.useful / elapsed if elapsed else 0.0
         found["useful_seconds"] = self.useful
         stats = [d.memory_stats() for d in jax.local_devices()]
         for key, of in (("", "bytes_in_use"), ("peak_", "peak_bytes_in_use")):

@@ -3,7 +3,7 @@
     python -m t5x_lite.tokenize --config=configs/t5_1_1_base.py
     python -m t5x_lite.tokenize --config=configs/t5_1_1_base.py --files=20 \\
         --config.data.build_processes=32 --config.data.deduplicate=True
-    python -m t5x_lite.tokenize --config=configs/t5_1_1_base.py --verify=yes
+    python -m t5x_lite.tokenize --config=configs/t5_1_1_base.py --verify
 
 A run builds what is missing by itself. This is for a machine without accelerators that
 shares `data.cache_dir` with those that train, and for looking at a corpus: documents,
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None):
         __doc__,
         own,
         files=("0", "also show that many files of each source, those of most tokens"),
-        verify=("no", "yes = read every byte of stores that are there"),
+        verify=(False, "read every byte of the stores that are there"),
         beam=(
             "",
             "folder or URL for parts: use Apache Beam; its flags after --",
@@ -46,8 +46,6 @@ def main(argv: list[str] | None = None):
     )
     if not flags.files.isdecimal():
         raise ValueError(f"--files={flags.files}: a number of 0 or more is needed.")
-    if flags.verify not in ("yes", "no"):
-        raise ValueError(f"--verify={flags.verify}: allowed are yes and no.")
     if beam_flags and not flags.beam:
         raise ValueError("flags after -- are Beam's: give --beam=FOLDER as well.")
     cfg = config.freeze(raw)
@@ -60,8 +58,7 @@ def main(argv: list[str] | None = None):
     build = _build(flags.beam, beam_flags)
     rows: list[tuple[str, Statistics]] = []
     for text in texts:
-        verify = flags.verify == "yes"
-        store = mixture.open_text(cfg, words, text, verify=verify, build=build)
+        store = mixture.open_text(cfg, words, text, verify=flags.verify, build=build)
         print(f"{text.key}={text.spec!r}: {store.path}", flush=True)
         rows.append((text.key.removeprefix("config.data."), store.statistics))
         if int(flags.files):

@@ -64,17 +64,14 @@ class MixedBatches(AnyBatches):
                     f"config.data.mixture: {name} has another vocabulary than "
                     f"{first_name}; one run has one."
                 )
-            if (found := _form(member)) != (wanted := _form(first)):
-                differing = {k for k, _ in set(found.items()) ^ set(wanted.items())}
-                rows_of = [
-                    {k: form.get(k) for k in sorted(differing)}
-                    for form in (wanted, found)
-                ]
-                raise ValueError(
-                    f"config.data.mixture: an example of {first_name} is {rows_of[0]}, "
-                    f"of {name} {rows_of[1]}. They must agree: set config.data."
-                    "inputs_length, targets_length and the objective's knobs so."
-                )
+            for form in (_shapes, _fields):
+                if (found := form(member)) != (wanted := form(first)):
+                    raise ValueError(
+                        f"config.data.mixture: an example of {first_name} has "
+                        f"{wanted}, of {name} {found}. They must agree: set config."
+                        "data.inputs_length, config.data.targets_length and the knobs "
+                        "of the objective so."
+                    )
         told = [(name, member.fingerprint) for name, member in members.items()]
         self.fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
@@ -112,10 +109,19 @@ class MixedBatches(AnyBatches):
         return {n: c / examples for n, c in zip(self.members, counts, strict=True)}
 
 
-def _form(batches: AnyBatches) -> dict[str, tuple]:
-    """'stream/field' -> (axes of one example, dtype)."""
+def _shapes(batches: AnyBatches) -> dict[str, str]:
     return {
-        f"{name}/{field}": (values.shape[1:], str(values.dtype))
+        name: f"{T} cells"
+        + f", {K} predicted" * bool(K)
+        + f", {G} query streams" * bool(G)
+        for name, (T, K, G) in batches.shapes.items()
+    }
+
+
+def _fields(batches: AnyBatches) -> dict[str, str]:
+    """'stream/field' -> type and axes of one example."""
+    return {
+        f"{name}/{field}": f"{values.dtype} {values.shape[1:]}"
         for name, stream in batches.examples(np.arange(1)).items()
         for field, values in stream.items()
     }

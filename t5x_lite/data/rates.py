@@ -175,6 +175,8 @@ def problems(data) -> Iterator[str]:
         yield from _entry_problems(f"{at}.{name}", name, entry, data, by_size)
     if not any(_get(entry, "heldout") for entry in mixed.values()) and not data.tasks:
         yield f"{at}: no source has a held-out text. Give one heldout=PATH."
+    if data.tasks and data.task_format == "head":
+        yield f"{at}: a task with a head cannot be mixed. Set task_format='text'."
     names = sorted({*mixed, *data.tasks})
     if by_size and data.rate_changes:
         yield (

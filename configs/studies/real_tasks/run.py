@@ -79,8 +79,10 @@ def run(root: pathlib.Path, data: str, seed: int, name: str, structure: str, sta
 
 def tested(workdir: pathlib.Path, name: str) -> dict[str, float]:
     """Scores on the task's test split."""
-    evaluate.main([f"--workdir={workdir}", "--split=test", f"--examples={MOST}"])
-    raise NotImplementedError
+    most = 0 if stages.TASKS[name].head else MOST
+    asked = [f"--tasks={name}", "--split=test", f"--limit={most}"]
+    (found,) = evaluate.evaluate([f"--workdir={workdir}", *asked])
+    return {k: v for k, v in found.items() if isinstance(v, float | int)}
 
 
 def stage(root: pathlib.Path, name: str, structure: str, start: str) -> pathlib.Path:

@@ -41,7 +41,7 @@ TASKS = {
     "sentence_polarity": Task("class", 2, "reviews", 64, 0, 16, 150, "accuracy"),
     "subjectivity": Task("class", 2, "reviews", 64, 0, 16, 150, "accuracy"),
     "ud_ewt": Task("tags", 17, "wiki", 64, 0, 16, 150, "tag_accuracy"),
-    "xquad_en": Task("span", 2, "wiki", 256, 0, 8, 150, "squad_f1"),
+    "xquad_en": Task("span", 0, "wiki", 256, 0, 8, 150, "squad_f1"),
     "libreoffice_en_de": Task("", 0, "help", 64, 64, 16, 300, "bleu"),
     "e2e_nlg": Task("", 0, "", 64, 64, 16, 300, "bleu"),
     "pep_titles": Task("", 0, "peps", 128, 24, 8, 200, "rouge1"),

@@ -1,0 +1,35 @@
+"""Stage 4 of 4, labelled: speech or narration? A head on the first cell, as BERT's.
+
+See general.py for the commands. The rate falls by layers (layer_decay), the run stops
+when four evaluations have brought no better accuracy, and keeps the best. RESULTS"""
+
+from configs.stages import general
+
+
+def get_config(arg=""):
+    c = general.follow(general.get_config(arg), "task", arg)
+    c.data.tasks = ("speech",)
+    c.data.task_dir = "data/stages"
+    c.data.task_format = "head"
+    with c.unlocked():
+        c.data.custom_tasks = dict(
+            speech=dict(
+                train="speech_train.jsonl",
+                dev="speech_dev.jsonl",
+                inputs=("text",),
+                label="label",
+                classes=("narration", "speech"),
+                head="class",
+            )
+        )
+    c.model.head, c.model.classes, c.model.dropout = "class", 2, 0.1
+    c.data.inputs_length = min(c.data.inputs_length, 96)
+    c.init_optimizer = "reset"
+    c.optim.learning_rate /= 3
+    c.optim.layer_decay = 0.8
+    c.checkpoint.metric, c.checkpoint.metric_mode = "heldout_accuracy", "max"
+    c.checkpoint.patience = 4
+    if not arg:
+        c.steps, c.eval_every, c.checkpoint.every = 500, 50, 50
+        c.optim.warmup_steps = 50
+    return c
