@@ -174,9 +174,7 @@ def check_directory(path: str) -> None:
 def _check_same(path: str, before: dict, now: dict) -> None:
     changed = sorted(k for k in before | now if before.get(k) != now.get(k))
     if changed:
-        said = ", ".join(
-            f"{k}={before.get(k)!r} (now {now.get(k)!r})" for k in changed
-        )
+        said = ", ".join(f"{k}={before.get(k)!r} (now {now.get(k)!r})" for k in changed)
         raise ValueError(
             f"--output={path} was begun with other settings: {said}. Give the same "
             "ones to go on with it (--step=N for an earlier checkpoint); to begin "

@@ -89,7 +89,7 @@ def parse_config(
         "--config",
         required=True,
         metavar="FILE[:ARG]",
-        help="Python file with get_config(arg=''); see configs/",
+        help="Python file, run as it is, with get_config(arg=''); see configs/",
     )
     for name, about in others.items():
         if isinstance(about, str):

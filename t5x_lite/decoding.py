@@ -164,13 +164,13 @@ class Decoder:
           memory_BSD: the encoder's output, of an encoder-decoder.
         """
         cfg = self.cfg
-        empty = jnp.zeros((B, length, cfg.heads, cfg.head_dim), cfg.dtype)
-        empty = constrain(empty, "batch", None, "heads", "kv")
+        empty = jnp.zeros((B, cfg.heads, length, cfg.head_dim), cfg.dtype)
+        empty = constrain(empty, "batch", "heads", None, "kv")
         made = []
         for block in self.blocks:
             cross = (None, None)
             if memory_BSD is not None:
-                cross = block.cross.keys_values(memory_BSD)
+                cross = block.cross.arranged(memory_BSD)
             made.append(Cache(empty, empty, *cross))
         return tuple(made)
 
@@ -198,7 +198,9 @@ class Decoder:
         ctx = Context(
             visible(query, cells), causal=cfg.structure != "prefix_lm", index=index
         )
-        inputs = self.bound.inputs if memory_cells is None else self.bound.decoder_inputs
+        inputs = (
+            self.bound.inputs if memory_cells is None else self.bound.decoder_inputs
+        )
         if memory_cells is not None:
             beams = len(tokens_BT) // len(memory_cells.segments_BT)
             first = Cells(*(c[::beams] for c in query))

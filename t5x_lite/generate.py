@@ -31,7 +31,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,6 @@ import tqdm
 
 from t5x_lite import (
     answers,
-    beam,
     checkpoint,
     cli,
     compatible,
@@ -54,9 +53,10 @@ from t5x_lite import (
 from t5x_lite import model as model_lib
 from t5x_lite.config import Config, ShardingConfig
 from t5x_lite.prompts import Filled, Task
-from t5x_lite.sampling import Sampling, draw, folded, row_keys
+from t5x_lite.sampling import Sampling, draw, folded, row_keys, sample_keys
 from t5x_lite.settings import EARLY_STOPPING, LENGTH_NORMS, Settings
 from t5x_lite.vocab import Vocab
+from t5x_lite.writing import Written, continue_all
 
 # Settings of texts that are written one token after the other.
 WRITING = ("min_length", "beams", "no_repeat_ngram", "num_return", "prefix")
@@ -75,8 +75,10 @@ def parser() -> cli.Parser:
     made.add_argument("--gap_tokens", type=int, default=1, help="of a gap, encoders")
     made.add_argument("--seed", type=int, default=0, help="of the samples")
     made.add_argument("--batch_size", type=int, default=16, help="texts at a time")
-    made.add_argument("--data", type=int, default=1, help="devices to split batches on")
-    made.add_argument("--tensor", type=int, default=1, help="devices to split layers on")
+    made.add_argument("--data", type=int, default=1, help="devices a batch is split on")
+    made.add_argument(
+        "--tensor", type=int, default=1, help="devices a layer is split on"
+    )
     for name, about in (
         ("max_length", "tokens written for one text"),
         ("min_length", "tokens before its end"),
@@ -222,102 +224,6 @@ def _devices(flags, cfg: Config, model, params):
         yield parameters.spread(model, params, mesh, cfg.sharding.rules)
 
 
-class Written(NamedTuple):
-    """What a model wrote: ids without EOS and prefix, score, did it end with EOS?"""
-
-    ids: np.ndarray
-    score: float
-    ended: bool
-
-
-def continue_all(
-    model: Any,
-    params: dict,
-    words: Vocab,
-    rows: Sequence[np.ndarray],
-    settings: Settings | None = None,
-    *,
-    prefixes: Sequence[Sequence[int]] | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    first: int = 0,
-    progress: bool = False,
-) -> list[list[Written]]:
-    """Writes behind rows of ids, in the order given; `settings.num_return` texts each.
-
-    Rows of about the same length are decoded together, padded to few lengths, so that
-    there are few shapes to compile. Under `sharding.use` batches are split over the
-    mesh. What is drawn for a row depends on `seed` and its number alone.
-
-    Args:
-      rows: what the encoder reads, or the prompt of a decoder or prefix-LM, int [T].
-      prefixes: ids that each row's answer begins with.
-      first: number of the first row, if these are a part of others.
-      progress: show a progress bar.
-
-    Returns:
-      A list a row, best first (samples: as drawn). Beam search may find fewer.
-
-    Raises:
-      ValueError: for a model that does not decode, a row too long for it.
-    """
-    how = settings or Settings()
-    prefixes = prefixes or [()] * len(rows)
-    copies = how.num_return if how.temperature else 1
-    size = batch_size if first else prompts.power_of_two(max(len(rows), 1))
-    size = sharding.rounded(min(batch_size, size))
-    fixed = dict(eos_id=words.eos_id, used_ids=words.size, pad_id=words.pad_id)
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    found: dict[int, list[Written]] = {}
-    with tqdm.tqdm(total=len(rows), unit="text", disable=not progress) as bar:
-        for begin in range(0, len(rows), size):
-            chosen = by_length[begin : begin + size]
-            empty = size - len(chosen)
-            parts = [rows[i] for i in chosen] + [np.zeros(0, np.int32)] * empty
-            stream = prompts.pad_rows(parts, size, words.pad_id)
-            forced = [prefixes[i] for i in chosen] + [()] * empty
-            if how.beams > 1:
-                ids, score = beam.search(
-                    model,
-                    params,
-                    stream,
-                    prefixes=forced,
-                    **fixed,
-                    **dataclasses.asdict(how),
-                )
-            else:
-                numbers = first + np.array([*chosen, *[0] * empty])
-                ids, score = decoding.generate(
-                    model,
-                    params,
-                    {k: np.repeat(v, copies, axis=0) for k, v in stream.items()},
-                    key=sample_keys(seed, numbers, copies),
-                    prefixes=[ids for ids in forced for _ in range(copies)],
-                    **fixed,
-                    **dataclasses.asdict(how),
-                )
-            ids_BKT = np.asarray(ids).reshape(size, -1, how.max_length)
-            score_BK = np.asarray(score).reshape(size, -1)
-            for i, each, scores in zip(chosen, ids_BKT, score_BK, strict=False):
-                made = [_written(*one, words) for one in zip(each, scores, strict=True)]
-                kept = [one for one in made if one.score > -np.inf] or made[:1]
-                found[i] = kept[: how.num_return]
-            bar.update(len(chosen))
-    return [found[i] for i in range(len(rows))]
-
-
-def _written(ids_T: np.ndarray, score: np.floating, words: Vocab) -> Written:
-    ended = bool((ids_T == words.eos_id).any())
-    ids_T = prompts.until_eos(ids_T, words)
-    return Written(ids_T, float(score), ended)
-
-
-def sample_keys(seed: int, numbers_B: np.ndarray, copies: int = 1) -> jax.Array:
-    """A key for each of `copies` samples of each text, by the text's number alone."""
-    keys_B = folded(jax.random.key(seed), jnp.asarray(numbers_B))
-    return jax.vmap(lambda key: folded(key, jnp.arange(copies)))(keys_B).reshape(-1)
-
-
 def fill(
     model, params, words: Vocab, texts: list[str], *, max_length: int = 64, **how
 ) -> list[str]:
@@ -376,14 +282,10 @@ def fill_all(
         )
     filled = []
     for each, written in zip(pieces, found, strict=True):
-        made = [
-            Filled(
-                each,
-                prompts.parse(np.append(prefix, ids).astype(int), len(each) - 1, words, task),
-                score,
-            )
-            for ids, score, _ in written
-        ]
+        gaps, made = len(each) - 1, []
+        for ids, score, _ in written:
+            ids = np.append(prefix, ids).astype(np.int32)
+            made.append(Filled(each, prompts.parse(ids, gaps, words, task), score))
         filled.append(made[0]._replace(others=made[1:]))
     return filled
 

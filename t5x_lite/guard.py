@@ -91,13 +91,26 @@ class Guard:
       setup: of the run.
       workdir: for dumps.
       after: `meta` of the checkpoint that the run goes on from, {} at the start.
+      first: its step.
+
+    Raises:
+      ValueError: WORKDIR/rewinds.json is not that of the checkpoint.
     """
 
-    def __init__(self, setup: run.Setup, workdir: pathlib.Path, after: dict):
+    def __init__(
+        self, setup: run.Setup, workdir: pathlib.Path, after: dict, first: int = 0
+    ):
         self.setup, self.optim = setup, setup.cfg.optim
         self.workdir = workdir
         self.left_out = LeftOut.read(workdir)
         before = after.get("guard", {})
+        then = LeftOut.of(before.get("left_out", ()))
+        if then != self.left_out.until(first):
+            raise ValueError(
+                f"the checkpoint of step {first} was trained without the batches "
+                f"{then.ranges}, but {workdir / REWINDS} says {self.left_out.ranges}. "
+                "Put the original file back."
+            )
         self.skipped = int(before.get("skipped", 0))
         self.in_a_row = int(before.get("in_a_row", 0))
         self.owes_save = False  # see loop.py
@@ -257,6 +270,7 @@ def settle(
         left_out, behind = LeftOut.read(workdir), False
         if not left_out.ranges:
             return None
+        last = left_out.ranges[-1][0]
         for step in reversed(checkpoints.steps()):
             try:
                 before = checkpoints.meta(step).get("guard", {}).get("left_out", ())
@@ -265,6 +279,11 @@ def settle(
             if LeftOut.of(before) == left_out.until(step):
                 return step if behind else None
             behind = True
+        if behind and last:
+            raise ValueError(
+                f"{workdir / REWINDS} says that the run went back to step {last}, but "
+                "no checkpoint fits to that. Put the original file back."
+            )
         return 0 if behind else None
 
     last = peers.from_lead("settle", stale)
@@ -298,8 +317,22 @@ def go_on_from(
 
 
 def read(workdir: pathlib.Path) -> dict:
-    """WORKDIR/rewinds.json: {"left_out": pairs, "rewinds": one dict for each}."""
+    """WORKDIR/rewinds.json: {"left_out": pairs, "rewinds": one dict for each}.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     path = workdir / REWINDS
     if not path.exists():
         return {"left_out": [], "rewinds": []}
-    return json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_bytes())
+        pairs = LeftOut.of(found["left_out"]).ranges
+        if any(at < 0 or count < 0 for at, count in pairs) or sorted(pairs) != [*pairs]:
+            raise ValueError("its numbers make no sense")
+        return {"left_out": pairs, "rewinds": [dict(each) for each in found["rewinds"]]}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+        raise ValueError(
+            f"{path} is damaged ({type(e).__name__}: {e}). It says which batches the "
+            "run leaves out. Put a copy back."
+        ) from e

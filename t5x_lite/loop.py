@@ -110,7 +110,7 @@ class Loop:
         """
         cfg = self.setup.cfg
         with contextlib.ExitStack() as stack:
-            watch = guard.Guard(self.setup, self.workdir, after)
+            watch = guard.Guard(self.setup, self.workdir, after, first)
             writer = metrics.Writer(self.workdir, first, active=self.peers.lead)
             stack.callback(writer.close)
             log = progress.StepLog(

@@ -19,8 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import checkpoint, generate, model, prompts, run, scoring, sharding, vocab
-from t5x_lite.decoding import Settings
+from t5x_lite import (
+    checkpoint,
+    compatible,
+    generate,
+    model,
+    prompts,
+    run,
+    scoring,
+    sharding,
+    vocab,
+)
+from t5x_lite.settings import Settings
 
 BATCH = 16  # texts at a time
 
@@ -38,7 +48,7 @@ def load(workdir: str | os.PathLike, step: int = -1) -> "Model":
     cfg, net, params, at, meta = checkpoint.load_run(workdir, step)
     run.prepare_jax(cfg)
     words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
-    checkpoint.check_vocab(meta, words)
+    compatible.check_vocab(meta, words)
     return Model(cfg, net, params, words, at)
 
 
@@ -88,7 +98,7 @@ class Model:
         """What the model writes after a text (or, if that is its task, in its gap).
 
         Args:
-            settings: of `decoding.Settings`: max_length, temperature, top_p, beams ...
+            settings: of `settings.Settings`: max_length, temperature, top_p, beams ...
         """
         how = Settings(**settings)
         task = prompts.task_of(self.config)
@@ -163,7 +173,10 @@ def _means(params: dict, stream: dict, cfg) -> jax.Array:
         cast = jax.tree.map(lambda p: p.astype(cfg.dtype), params)
         bound: Any = model.bind(model.build(cfg), cast)
         whole = cfg.structure == "encoder_decoder"
-        y_BTD = bound.encode(stream) if whole else bound.states({"main": stream})
+        if whole:
+            y_BTD = bound.encode(stream)
+        else:
+            y_BTD, _ = bound.states({"main": stream})
         there_BT1 = (stream["segments"] > 0).astype(jnp.float32)[..., None]
         total_BD = jnp.sum(y_BTD.astype(jnp.float32) * there_BT1, axis=1)
         return total_BD / jnp.maximum(jnp.sum(there_BT1, axis=1), 1.0)

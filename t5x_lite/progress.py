@@ -191,7 +191,7 @@ class StepLog:
 
 def _first_start(workdir: pathlib.Path) -> float | None:
     """When the run began, in seconds since 1970; None if it has no session yet."""
-    sessions = metrics.read(workdir / "sessions.jsonl")
+    sessions = metrics.read(workdir / "sessions.jsonl", "began")
     return sessions[0]["began"] if sessions else None
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,12 @@ def folded(key: jax.Array, numbers_B) -> jax.Array:
     """Keys [B] of one key and a number each, or of B keys and one number."""
     many = (0, None) if key.ndim else (None, 0)
     return jax.vmap(jax.random.fold_in, many)(key, numbers_B)
+
+
+def sample_keys(seed: int, numbers_B: np.ndarray, copies: int = 1) -> jax.Array:
+    """A key for each of `copies` samples of each text, by the text's number alone."""
+    keys_B = folded(jax.random.key(seed), jnp.asarray(numbers_B))
+    return jax.vmap(lambda key: folded(key, jnp.arange(copies)))(keys_B).reshape(-1)
 
 
 def restrict(logits_BV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:

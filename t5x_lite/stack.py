@@ -1,7 +1,7 @@
 """One block, and one scanned stack of them."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,24 @@ from t5x_lite.sharding import constrain
 class Cache(NamedTuple):
     """Keys and values of one layer, kept while decoding.
 
-    keys, values: [B, S, N, H] of the decoder's own tokens, filled up to `index`.
-    cross_keys, cross_values: [B / K, S', N, H] of the encoder's output, or None; K
+    keys, values: [B, N, S, H] of the decoder's own tokens, filled up to `index`.
+    cross_keys, cross_values: [B / K, N, S', H] of the encoder's output, or None; K
       beams, neighbours in the batch, share them.
     """
 
     keys: jax.Array
     values: jax.Array
-    cross_keys: jax.Array | None = None
-    cross_values: jax.Array | None = None
+    cross_keys: Any = None
+    cross_values: Any = None
+
+    def written(self, keys_values, index: jax.Array) -> "Cache":
+        """With keys and values of further tokens, the first at `index`."""
+        at = (0, 0, index, 0)
+        keys, values = (
+            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+            for old, new in zip((self.keys, self.values), keys_values, strict=True)
+        )
+        return self._replace(keys=keys, values=values)
 
 
 class Context(NamedTuple):
@@ -95,34 +104,31 @@ class Block(nnx.Module):
             if before_BMD is not None:
                 before = self.attention_norm(before_BMD) if pre else before_BMD
                 y_BSD = jnp.concatenate([before, y_BSD], axis=1)
-            kv = self.attention.keys_values(y_BSD)
-            if cache is not None:
-                assert ctx.index is not None
-                at = (0, ctx.index, 0, 0)
-                kv = tuple(
-                    jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
-                    for old, new in zip((cache.keys, cache.values), kv, strict=True)
-                )
-                cache = cache._replace(keys=kv[0], values=kv[1])
             bias = ctx.bias_1NTS
             if hasattr(self, "relative"):
                 bias = relative_bias(self.relative, ctx)
+            if cache is not None:
+                assert ctx.index is not None
+                cache = cache.written(self.attention.arranged(y_BSD), ctx.index)
+                return self.attention.of_cache(
+                    h_BTD, cache.keys, cache.values, ctx.visible_BTS, bias
+                )
+            kv = self.attention.keys_values(y_BSD)
             return self.attention(
                 h_BTD, kv, ctx.visible_BTS, bias, keys[0], ctx.grid, ctx.seen
             )
 
         def cross(h_BTD):
+            seen_BTS, how = ctx.memory_visible_BTS, ctx.memory_seen
             if cache is None:
                 kv = self.cross.keys_values(ctx.memory_BSD)
-            else:
-                kv = (cache.cross_keys, cache.cross_values)
-            seen_BTS, how = ctx.memory_visible_BTS, ctx.memory_seen
+                return self.cross(h_BTD, kv, seen_BTS, None, keys[2], seen=how)
             # Beams are queries of one row, so that its keys are read once for them all.
-            shape, rows = h_BTD.shape, len(kv[0])
-            if rows < shape[0]:
-                h_BTD = h_BTD.reshape(rows, -1, shape[-1])
-            y_BTD = self.cross(h_BTD, kv, seen_BTS, None, keys[2], seen=how)
-            return y_BTD.reshape(shape)
+            of_row = h_BTD
+            if len(cache.cross_keys) < len(h_BTD):
+                of_row = h_BTD.reshape(len(cache.cross_keys), -1, h_BTD.shape[-1])
+            kv = (cache.cross_keys, cache.cross_values)
+            return self.cross.of_cache(of_row, *kv, seen_BTS).reshape(h_BTD.shape)
 
         x_BTD = sublayer(x_BTD, self.attention_norm, attend, keys[1])
         if self.has_cross and ctx.memory_visible_BTS is not None:

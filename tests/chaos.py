@@ -12,6 +12,7 @@ disturbed; every checkpoint whole; and no process may have outlived a deadline.
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -318,11 +319,17 @@ def main(argv: list[str] | None = None):
     parser = cli.parser(__doc__)
     parser.add_argument("--kills", type=int, default=100, help="signals to send")
     parser.add_argument("--seed", type=int, default=0, help="of phases and signals")
+    parser.add_argument("--folder", help="for both runs; a new one, which is kept")
     flags = parser.parse_args(argv)
     began = time.monotonic()
     steps = STEPS_PER_KILL * flags.kills
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        shared = pathlib.Path(folder)
+    with contextlib.ExitStack() as stack:
+        if flags.folder:
+            shared = pathlib.Path(flags.folder).absolute()
+            shared.mkdir(parents=True)
+        else:
+            folder = tempfile.TemporaryDirectory(prefix="chaos-")
+            shared = pathlib.Path(stack.enter_context(folder))
         undisturbed, run = shared / "undisturbed", shared / "run"
         try:
             codes = Session(undisturbed, shared, steps).ended(10 * STARTS_WITHIN)

@@ -1,6 +1,6 @@
 """Generation beside transformers': settings, batches, and our side of the comparison.
 
-What theirs wrote is an array like those `goldens/make_generation.py` stores; this module
+What theirs wrote are arrays as `goldens/make_generation.py` stores them; this module
 needs no torch.
 """
 
@@ -88,16 +88,14 @@ def cut(ids_BKT: np.ndarray, eos: int) -> np.ndarray:
     return np.where(over_BKT, 0, ids_BKT)
 
 
-def compare(path, arrays: dict[str, np.ndarray]) -> None:
-    """All settings of a model: ids are the same, scores within float32's rounding."""
+def compare(path, arrays: dict[str, np.ndarray], names=tuple(SETTINGS)) -> None:
+    """Settings of a model: ids are the same, scores within float32's rounding."""
     rows = [row[row >= 0] for row in arrays["rows"]]
     eos, start = int(arrays["eos"]), int(arrays["start"])
-    for name in SETTINGS:
+    for name in names:
         ids_BKT, score_BK = ours(path, rows, name, eos, start)
         np.testing.assert_array_equal(ids_BKT, arrays[f"{name}/ids"], err_msg=name)
         if f"{name}/scores" in arrays:
             np.testing.assert_allclose(
                 score_BK, arrays[f"{name}/scores"], rtol=2e-4, atol=1e-5, err_msg=name
             )
-
-

@@ -5,10 +5,16 @@ import pytest
 
 from tests import generation, hf_dirs, parity
 
-MODELS = ("t5", "t5_1_1", "bart", "gpt2")
+# `make parity` compares every setting with every model.
+CASES = {
+    "t5": ["greedy_blocked", "beams_first"],
+    "t5_1_1": ["beams"],
+    "bart": ["greedy_prefix", "beams_prefix"],
+    "gpt2": ["greedy_blocked", "beams_long"],
+}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_greedy_and_beams_write_what_transformers_writes(name, tmp_path):
     with np.load(parity.GOLDENS / "generation.npz", allow_pickle=False) as file:
         arrays = {
@@ -18,4 +24,4 @@ def test_greedy_and_beams_write_what_transformers_writes(name, tmp_path):
         }
     theirs, weights, _ = hf_dirs.load(name)
     path = hf_dirs.write(tmp_path / "in", theirs, weights)
-    generation.compare(path, arrays)
+    generation.compare(path, arrays, CASES[name])

@@ -241,7 +241,7 @@ def settings(shared: pathlib.Path, text: pathlib.Path, **optim_knobs) -> config.
     raw.data.cache_dir = str(shared / "stores")
     raw.data.prefetch = 0
     raw.compile_cache = str(shared)
-    raw.steps, raw.eval_every, raw.checkpoint.every = 40, 20, 5
+    raw.steps, raw.eval_every, raw.checkpoint.every = 30, 15, 10
     raw.optim.update(dict(name="adamw", schedule="constant", learning_rate=3e-3))
     raw.optim.update(optim_knobs)
     return config.freeze(raw)
@@ -261,7 +261,7 @@ def sequence(workdir):
 
 
 FOX = "the quick brown fox jumps over the lazy dog " * 6
-# Steps 24 of 40 reads the poisoned document: see `test_a_spike_...`.
+# Step 24 of 30 reads the poisoned document: see `test_a_spike_...`.
 SPIKES = dict(spike_factor=1.2, spike_window=3, spike_back=3, spike_skip=2)
 
 
@@ -298,9 +298,7 @@ def poisoned_steps(cfg) -> list[int]:
     return found
 
 
-def test_a_spike_is_rewound_and_its_batches_are_left_out(
-    rewound, cached, text, monkeypatch, capsys
-):
+def test_a_spike_is_rewound_and_its_batches_are_left_out(rewound, capsys):
     workdir, cfg, rows = rewound
     (spike,) = poisoned_steps(cfg)
     to = spike - 4
@@ -312,11 +310,6 @@ def test_a_spike_is_rewound_and_its_batches_are_left_out(
     assert about["loss"] > 1.2 * about["median"] and note["left_out"] == [[to, 6]]
     trained = [r for r in rows if "loss" in r]
     assert [r["step"] for r in trained] == list(range(1, cfg.steps + 1))
-    # The same as a run that never saw a spike: these batches left out from the start.
-    other = workdir.parent / "left_out"
-    other.mkdir()
-    (other / guard.REWINDS).write_text(json.dumps(note))
-    assert go(settings(cached, text), other, monkeypatch) == rows
     # The data as they are asked for by number.
     batches = run.Setup.of(cfg).train_batches
     for row in trained:
@@ -329,6 +322,16 @@ def test_a_spike_is_rewound_and_its_batches_are_left_out(
     shown = capsys.readouterr().out
     assert f"step {spike}: loss {about['loss']:g}, examples" in shown
     assert "gradients that are not finite: 0 of" in shown
+
+
+@pytest.mark.slow
+def test_a_rewound_run_is_one_that_never_saw_the_spike(
+    rewound, cached, text, tmp_path, monkeypatch
+):
+    """These batches left out from the start, and no guard."""
+    workdir, _, rows = rewound
+    (tmp_path / guard.REWINDS).write_text((workdir / guard.REWINDS).read_text())
+    assert go(settings(cached, text), tmp_path, monkeypatch) == rows
 
 
 KILLS = {
@@ -373,7 +376,7 @@ def test_too_many_bad_steps_stop_the_run_with_their_batch(
     one_device, cached, text, tmp_path, monkeypatch, capsys
 ):
     """And once more of them are allowed it goes on as if they always had been."""
-    poisoned = {6, 9, 17, 18, 19}  # checkpoints are due after each 5 steps
+    poisoned = {6, 9, 17, 18, 19}  # checkpoints are due after each 10 steps
     real, save, saved = guard.Remaining.__getitem__, checkpoint.Checkpoints.save, []
 
     def poison(self, done):
@@ -405,5 +408,5 @@ def test_too_many_bad_steps_stop_the_run_with_their_batch(
     skipped = {r["step"]: r["skipped"] for r in rows if "skipped" in r}
     assert skipped == {7: 1, 10: 2, 18: 3, 19: 4, 20: 5}
     assert not any("loss" in r for r in rows if "skipped" in r)
-    # Never a state that has given no finite loss: 11 for 10. An evaluation gives one.
-    assert saved == [5, 11, 15, 20, 25, 30, 35, 40]
+    # Never a state that has given no finite loss: 11 for 10, 21 for 20.
+    assert saved == [11, 21, 30]

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+from typing import Any
 
 import jax
 import numpy as np
@@ -120,7 +121,7 @@ class Page(html.parser.HTMLParser):
 def finished(tmp_path_factory) -> pathlib.Path:
     """A run of two steps on the demo's text, and an evaluation of it."""
     workdir = tmp_path_factory.mktemp("report") / "run"
-    raw = cli.load_config("configs/demo.py:smoke")
+    raw: Any = cli.load_config("configs/demo.py:smoke")
     raw.data.cache_dir = str(workdir.parent / "stores")
     raw.compile_cache = ""
     train.train(config_lib.freeze(raw), workdir)
@@ -167,6 +168,11 @@ def test_refusals(tmp_path):
         report.main([f"--workdir={tmp_path}", "--examples=0"])
 
 
+def opened(*command: str) -> str:
+    run = subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return run.stdout.decode()
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
 def test_page_in_a_browser(finished, tmp_path):
     """Chromium draws it: the picture is not blank, and every image has loaded."""
@@ -176,11 +182,10 @@ def test_page_in_a_browser(finished, tmp_path):
     browser += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,3000"]
     url = (finished / "report.html").absolute().as_uri()
     shot = tmp_path / "page.png"
-    quiet = dict(check=True, capture_output=True, timeout=120)
-    subprocess.run([*browser, f"--screenshot={shot}", url], **quiet)
+    opened(*browser, f"--screenshot={shot}", url)
     drawn = image.imread(shot)[..., :3]
     assert drawn.shape == (3000, 1100, 3)
-    inked = (drawn < 0.95).any(axis=-1)
+    inked = np.any(drawn < 0.95, axis=-1)
     assert inked[:1500].mean() > 0.01 and inked[1500:].mean() > 0.01
     counting = (
         "<script>document.title = [...document.images].map("
@@ -189,6 +194,6 @@ def test_page_in_a_browser(finished, tmp_path):
     counted = tmp_path / "counted.html"
     page = (finished / "report.html").read_text(encoding="utf-8")
     counted.write_text(page.replace("</html>", counting + "</html>"), encoding="utf-8")
-    dumped = subprocess.run([*browser, "--dump-dom", counted.as_uri()], **quiet)
-    title = re.search(r"<title>(.*?)</title>", dumped.stdout.decode())
+    dom = opened(*browser, "--dump-dom", counted.as_uri())
+    title = re.search(r"<title>(.*?)</title>", dom)
     assert title and set(title[1].split(",")) == {"true"}

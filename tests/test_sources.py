@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from t5x_lite import config_keys, vocab
 from t5x_lite.data import catalogue, sources, streams, texts
 from t5x_lite.data.texts import Counts, Options
 
@@ -552,6 +553,19 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
 def test_options_are_checked(key):
     with pytest.raises(ValueError, match=f"data.{key}='no': allowed are"):
         Options(**{key: "no"})
+
+
+def test_options_come_from_the_config_and_from_flags(tmp_path):
+    keys = dict(field="body", documents="lines", bad_utf8="skip")
+    assert Options.of(config_keys.DataConfig(**keys)) == Options(**keys)
+    assert Options.of(config_keys.DataConfig()) == Options()
+    path = write(tmp_path / "a.jsonl", as_lines({"body": f"abc {t}"} for t in TEXTS))
+    flags = [f"--input={path}", "--size=300", "--kind=bytebpe"]
+    flags += [f"--output={tmp_path / 'vocab.json'}"]
+    with pytest.raises(ValueError, match="Did you mean data.field='body'"):
+        vocab.main(["train", *flags, "--field=bodi"])
+    vocab.main(["train", *flags, "--field=body"])
+    assert len(vocab.load(str(tmp_path / "vocab.json")).encode("abc")) == 1
 
 
 def test_a_failing_server_is_an_error_with_the_place(memory, monkeypatch):

@@ -348,6 +348,8 @@ def change(content, rng, value, whole):
     try:
         found = json.loads(content)
     except ValueError:
+        found = None
+    if not isinstance(found, dict):
         return content
     node = found
     while True:

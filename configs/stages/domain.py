@@ -20,5 +20,5 @@ def get_config(arg=""):
     c.init_optimizer = "restore"
     c.optim.learning_rate /= 3
     if not arg:
-        c.steps, c.eval_every, c.checkpoint.every = 300, 100, 100
+        c.steps, c.eval_every, c.checkpoint.every = 100, 50, 50
     return c

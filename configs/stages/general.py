@@ -1,4 +1,4 @@
-"""Stage 1 of 4, general text: a small BERT on novels and scripture.
+"""Stage 1 of 4, general text: a very small BERT on novels and scripture.
 
     python -m t5x_lite.train --config=configs/stages/general.py --workdir=runs/stages/general
     python -m t5x_lite.train --config=configs/stages/domain.py --workdir=runs/stages/domain
@@ -21,13 +21,14 @@ def get_config(arg=""):
     c.model.update(
         dict(
             structure="encoder",
-            d_model=192,
-            d_ff=768,
+            d_model=64,
+            d_ff=256,
             heads=4,
-            head_dim=48,
-            encoder_layers=4,
+            head_dim=16,
+            encoder_layers=2,
+            init_std=0.02,
             positions="learned",
-            max_positions=128,
+            max_positions=64,
             types=2,
             gated=False,
             activation="gelu_exact",
@@ -42,10 +43,10 @@ def get_config(arg=""):
         )
     )
     c.data.vocab = "data/vocab_4k.model"
-    c.data.inputs_length = 128
+    c.data.inputs_length = 64
     c.data.batch_size = 16
-    base.adamw(c, 1e-3, 100)
-    c.steps, c.eval_every, c.checkpoint.every = 1500, 250, 250
+    base.adamw(c, 3e-3, 50)
+    c.steps, c.eval_every, c.checkpoint.every = 600, 200, 200
     return base.scaled(c, arg)
 
 

@@ -23,13 +23,12 @@ def get_config(arg=""):
             )
         )
     c.model.head, c.model.classes, c.model.dropout = "class", 2, 0.1
-    c.data.inputs_length = min(c.data.inputs_length, 96)
     c.init_optimizer = "reset"
     c.optim.learning_rate /= 3
     c.optim.layer_decay = 0.8
     c.checkpoint.metric, c.checkpoint.metric_mode = "heldout_accuracy", "max"
     c.checkpoint.patience = 4
     if not arg:
-        c.steps, c.eval_every, c.checkpoint.every = 500, 50, 50
+        c.steps, c.eval_every, c.checkpoint.every = 300, 30, 30
         c.optim.warmup_steps = 50
     return c

@@ -12,6 +12,6 @@ def get_config(arg=""):
     c.init_optimizer = "reset"
     c.optim.learning_rate /= 3
     if not arg:
-        c.steps, c.eval_every, c.checkpoint.every = 200, 100, 100
+        c.steps, c.eval_every, c.checkpoint.every = 100, 50, 50
         c.optim.warmup_steps = 20
     return c

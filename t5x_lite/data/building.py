@@ -264,10 +264,13 @@ def _stored_state(path: Path, itemsize: int) -> State | None:
     try:
         state = State(**records.read(path / "progress.json"))
         written = (path / "c/0").stat().st_size
-        lines = (path / "files.jsonl").read_bytes()[: state.lines]
+        crc32, left = 0, state.lines
+        with open(path / "files.jsonl", "rb") as lines:
+            while block := lines.read(min(left, 2**22)):
+                crc32, left = zlib.crc32(block, crc32), left - len(block)
     except (ValueError, TypeError, FileNotFoundError):
         return None
-    whole = (len(lines), zlib.crc32(lines)) == (state.lines, state.lines_crc32)
+    whole = (left, crc32) == (0, state.lines_crc32)
     return state if whole and written >= state.n_tokens * itemsize else None
 
 
@@ -328,6 +331,9 @@ def _read(
         size, found = len(texts) - held, dataclasses.asdict(counts)
         batch.append(Piece(index, size, read, duplicates, found, digests))
         chars += FILE_CHARS
+        if chars >= BATCH_CHARS:
+            yield batch, (texts, [piece.size for piece in batch])
+            batch, texts, chars = [], [], 0
     if batch:
         yield batch, (texts, [piece.size for piece in batch])
 

@@ -58,6 +58,7 @@ def tfds_files(spec: str) -> list[File]:
             location=folder,
             split=split,
             rows=(end - shard.take, end),
+            skip=shard.skip,
         )
         for shard, end in zip(shards, ends, strict=True)
     ]
@@ -242,8 +243,7 @@ def _tensorflow(spec: str, builder: Any) -> Any:
 def _tfrecords(builder: Any, file: File) -> Iterator[list[dict]]:
     """The rows of a shard of TFRecords."""
     tf = _tensorflow(file.name, builder)
-    skip = int(file.identity.split()[1])
-    records = tf.data.TFRecordDataset(str(file.path)).skip(skip)
+    records = tf.data.TFRecordDataset(str(file.path)).skip(file.skip)
     records = records.take(file.rows[1] - file.rows[0]).as_numpy_iterator()
     while batch := list(itertools.islice(records, AT_ONCE)):
         yield [builder.info.features.deserialize_example_np(r) for r in batch]

@@ -8,6 +8,14 @@ from pathlib import Path
 
 MODULUS = 2**128
 _CACHE_MIB = 64
+_OF_THE_DISK = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_BUSY,
+)
 
 
 def digest(text: str) -> bytes:
@@ -57,10 +65,12 @@ class Seen:
         )
         self._table.execute("DELETE FROM seen WHERE document >= ?", (self._number,))
         rows = found = 0
-        for (digest,) in self._table.execute("SELECT digest FROM seen"):
-            rows, found = rows + 1, found + int.from_bytes(digest)
         (order,) = self._table.execute("PRAGMA quick_check(1)").fetchone()
-        if (rows, found % MODULUS, order) != (n_kept, total, "ok"):
+        if order == "ok":
+            for (key,) in self._table.execute("SELECT digest FROM seen"):
+                found += int.from_bytes(key) if isinstance(key, bytes) else 0
+                rows += 1
+        if (rows, found % MODULUS) != (n_kept, total):
             raise ValueError("the table of digests is not as it was written")
 
     def add(self, text: str) -> int:
@@ -84,16 +94,14 @@ class Seen:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
-            raise OSError(
-                f"the table of digests {str(self._path)!r}: {error}. Is the disk full? "
-                "The next start goes on from what was written."
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"the table of digests {str(self._path)!r} is damaged ({error}); the "
-                "next start makes it anew."
-            ) from error
+        except sqlite3.Error as error:
+            about = f"the table of digests {str(self._path)!r}: {error}"
+            if error.sqlite_errorcode & 0xFF in _OF_THE_DISK:
+                raise OSError(
+                    f"{about}. Is the disk full? The next start goes on from what was "
+                    "written."
+                ) from error
+            raise ValueError(f"{about}; the next start makes it anew.") from error
 
 
 def remove(path: Path):

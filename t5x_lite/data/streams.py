@@ -47,6 +47,7 @@ class File:
         location: URL or folder from which it is read.
         split: of a dataset.
         rows: of the split, [from, to).
+        skip: rows of a shard before its first in the split.
     """
 
     name: str
@@ -57,6 +58,7 @@ class File:
     location: str = ""
     split: str = ""
     rows: tuple[int, int] = (0, 0)
+    skip: int = 0
 
     @property
     def compression(self) -> str:

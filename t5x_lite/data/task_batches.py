@@ -291,11 +291,6 @@ class TaskBatches(AnyBatches):
         evaluation: bool = False,
         about: str = "",
     ):
-        if batch_size % made.each:
-            raise ValueError(
-                f"config.data.batch_size={batch_size}: an example of this task takes "
-                f"{made.each} rows. Set a multiple of {made.each}."
-            )
         self.made, self.vocab, self.about = made, vocab, about
         self.batch_size, self.seed, self.evaluation = batch_size, seed, evaluation
         self.rows = check_rows(rows, batch_size)

@@ -244,7 +244,7 @@ def _get(found: Any, name: str, where: str, kind: type | None = None) -> Any:
 
 def _multirc(path: str, source: Source):
     """A record for each answer of each question."""
-    for where, found in _objects(path):
+    for number, (where, found) in enumerate(_objects(path)):
         text = _get(found, "passage.text", where, str)
         for q, question in enumerate(_get(found, "passage.questions", where, list)):
             for answer in _get(question, "answers", where, list):
@@ -255,7 +255,7 @@ def _multirc(path: str, source: Source):
                         "question": _get(question, "question", where, str),
                         "answer": _get(answer, "text", where, str),
                         "label": _get(answer, "label", where),
-                        "group": f"{where}/{q}",
+                        "group": f"{number}/{q}",
                     },
                 )
 

@@ -114,7 +114,9 @@ def open_weights(path: pathlib.Path) -> Lazy:
     if index.is_file():
         try:
             files = set(json.loads(index.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
+        except (
+            *(ValueError, KeyError, AttributeError, TypeError, RecursionError),
+        ) as e:
             raise ValueError(f"{index} is damaged: {e!r}. Copy it again.") from e
         return torch_files.open_tensors([_inside(path, name) for name in sorted(files)])
     if one.is_file():

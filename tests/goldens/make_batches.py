@@ -23,7 +23,7 @@ from t5x_lite.data.batches import AnyBatches
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PATH = pathlib.Path(__file__).with_name("batches.json")
-STEPS, BATCH = 6, 24
+STEPS, BATCH = 5, 48
 
 TEXT = dict(train=str(ROOT / "data/heldout.jsonl"))
 SPANS = dict(name="span_corruption", density=0.15, mean_span=3.0)
@@ -99,7 +99,7 @@ def digest(batch: dict[str, Any]) -> str:
 
 def packs() -> str:
     """Of which examples share a row."""
-    numbers = np.random.Generator(np.random.Philox(5)).random((9000, 2))
+    numbers = np.random.Generator(np.random.Philox(5)).random((2500, 2))
     lengths_X2 = (numbers**2 * (200, 60)).astype(np.int64) + 1
     made = packing.pack(lengths_X2, (256, 80), seed=3)
     content = (

@@ -4,7 +4,7 @@
 
 T5, BART and GPT-2 of t5.npz, t5_1_1.npz, bart.npz and gpt2.npz, in float32, on a batch
 of different lengths (GPT-2's padded on the left). EOS is a token that the model writes
-in the middle of a text, so that texts do end. Settings are those of tests/generation.py.
+in the middle of a text, so that texts do end. The settings: tests/generation.py.
 """
 
 import pathlib
@@ -87,9 +87,7 @@ def make(model, seed: int) -> dict[str, np.ndarray]:
     free, _ = written(model, rows, "greedy", None, start)
     eos = int(next(i for i in free[0, 0, 4:] if i not in generation.PREFIX))
     arrays = dict(
-        rows=np.stack(
-            [np.pad(r, (0, 11 - len(r)), constant_values=-1) for r in rows]
-        ),
+        rows=np.stack([np.pad(r, (0, 11 - len(r)), constant_values=-1) for r in rows]),
         eos=np.array(eos),
         start=np.array(start),
     )

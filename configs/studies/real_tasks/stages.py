@@ -5,7 +5,7 @@ with the task's own text, and is then fine-tuned; `scratch` leaves out all three
 """
 
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from configs import base
 
@@ -49,9 +49,9 @@ TASKS = {
 GENERAL, DOMAIN, TASK = 1000, 200, 80  # steps of 32 x 128 tokens
 
 
-def body(structure: str, root: pathlib.Path):
+def body(structure: str, root: pathlib.Path) -> Any:
     """What all runs of a structure share."""
-    c = base.get_config()
+    c: Any = base.get_config()
     layers = 2 if structure == "encoder_decoder" else 3
     c.model.update(
         dict(
