@@ -57,6 +57,7 @@ chaos: $(VENV)/installed
 bench: $(VENV)/parity-installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.data
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.train
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.generate
 	$(BIN)/python -m tests.bench.startup
 
 bench-gpu: $(VENV)/gpu-installed

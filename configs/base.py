@@ -25,10 +25,11 @@ def set_objective(c: ml_collections.ConfigDict, name: str, **knobs):
         c.objective = ml_collections.ConfigDict(dict(name=name) | knobs)
 
 
-def set_mixture(c: ml_collections.ConfigDict, **sources):
-    """Replaces the sources of the mixture; see t5x_lite/data/mixture.py."""
+def set_mixture(c: ml_collections.ConfigDict, sources: dict, **data):
+    """Replaces the sources of the mixture; other keys of config.data beside them."""
     with c.unlocked():
         c.data.mixture = ml_collections.ConfigDict(sources)
+        c.data.update(data)
 
 
 def adamw(c: ml_collections.ConfigDict, learning_rate: float, warmup: int, **more):

@@ -16,22 +16,17 @@ from configs import base, demo
 
 def get_config(arg=""):
     c = demo.get_config(arg)
-    base.set_mixture(
-        c,
-        novels=dict(
-            train="runs/novels_train.jsonl",
-            heldout="runs/novels_heldout.jsonl",
-            rate=0.75,
-        ),
-        bible=dict(
-            train="runs/bible_train.jsonl",
-            heldout="runs/bible_heldout.jsonl",
-            rate=0.25,
-        ),
-    )
-    c.data.rate_changes = ((c.steps // 2, "bible", 0.75),)
+    sources = {
+        name: dict(
+            train=f"runs/{name}_train.jsonl",
+            heldout=f"runs/{name}_heldout.jsonl",
+            rate=rate,
+        )
+        for name, rate in [("novels", 0.75), ("bible", 0.25)]
+    }
     if arg:
-        both = dict(train="data/train.jsonl", heldout="data/heldout.jsonl")
-        again = dict(train="data/heldout.jsonl", heldout="data/heldout.jsonl")
-        base.set_mixture(c, novels=both | dict(rate=0.75), bible=again)
+        for name, part in [("novels", "train"), ("bible", "heldout")]:
+            sources[name]["train"] = f"data/{part}.jsonl"
+            sources[name]["heldout"] = "data/heldout.jsonl"
+    base.set_mixture(c, sources, rate_changes=((250, "bible", 0.75),))
     return c

@@ -46,7 +46,7 @@ def search(
     eos_id: int,
     used_ids: int,
     pad_id: int = START_ID,
-    prefixes: Sequence[Sequence[int]] | None = None,
+    prefixes: Sequence[Sequence[int] | np.ndarray] | None = None,
     beams: int = 4,
     **settings: Any,
 ) -> tuple[jax.Array, jax.Array]:

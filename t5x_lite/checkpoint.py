@@ -34,6 +34,8 @@ from t5x_lite import config as config_lib
 from t5x_lite.integrity import first_line
 
 METRIC = "heldout_loss"
+# Bytes of an array in one piece of the files: whoever reads it holds pieces twice.
+_PIECE = 2**27
 # What Orbax and TensorStore raise for files they cannot write.
 _ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
@@ -96,11 +98,12 @@ class Checkpoints:
         }
         meta = meta | {integrity.SUMS: checksums.of_tree(state), "metrics": numbers}
         self._retention.scored(step, numbers)
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), state)
         with self._write_errors():
             written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
+                    state=ocp.args.StandardSave(state, save_args=pieces),
                     meta=ocp.args.JsonSave(integrity.sealed(meta)),
                 ),
                 force=True,
@@ -328,7 +331,7 @@ def load_run(workdir, step: int = -1):
         for name, p in parameters.declared(net).items()
     }
     params = load_params(workdir, chosen, parameters.nested(flat))
-    if cfg.model.lora_rank:
+    if cfg.model != lora.without(cfg.model):
         params = lora.plain(params, net)
         cfg = dataclasses.replace(cfg, model=lora.without(cfg.model))
         net = model.build(cfg.model)

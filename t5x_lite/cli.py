@@ -156,7 +156,7 @@ def load_config(name: str) -> ml_collections.ConfigDict:
 def _config_of_a_run(name: str, path: str) -> ml_collections.ConfigDict:
     try:
         found = json.loads(pathlib.Path(path).read_text())["config"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(
             f"--config={name}: {path!r} is not the config.json of a run: it has no "
             f"'config' ({type(e).__name__}). Give WORKDIR/config.json or a .py file."

@@ -247,7 +247,7 @@ def _recipe_problems(c: Config):
 
 
 # Knobs of config.distill: type, lowest, highest.
-_DISTILL = dict(
+_DISTILL: dict[str, tuple[type, Any, Any]] = dict(
     teacher=(str, None, None),
     step=(int, -1, None),
     alpha=(float, 0.0, 1.0),
@@ -266,8 +266,9 @@ def _distill_problems(c: Config):
             continue
         kind, low, high = _DISTILL[name]
         right = isinstance(value, (int, float) if kind is float else kind)
-        inside = right and (low is None or low <= value)
-        if not (inside and (high is None or value <= high)):
+        if right and kind is not str:
+            right = (low is None or low <= value) and (high is None or value <= high)
+        if not right:
             yield (
                 f"config.distill.{name}={value!r} must be of type {kind.__name__}, "
                 f"from {low} to {high}."

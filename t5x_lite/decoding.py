@@ -23,7 +23,7 @@ from t5x_lite.config import ModelConfig
 from t5x_lite.sampling import draw, folded, row_keys
 from t5x_lite.settings import Settings
 from t5x_lite.sharding import constrain
-from t5x_lite.stack import Block, Cache, Context, relative_bias
+from t5x_lite.stack import Cache, Context, relative_bias
 from t5x_lite.visibility import Cells, visible
 
 START_ID = 0  # the decoder reads padding first, as T5's does
@@ -95,7 +95,7 @@ class Given(NamedTuple):
 def given(
     cfg: ModelConfig,
     stream: dict,
-    prefixes: Sequence[Sequence[int]] | None,
+    prefixes: Sequence[Sequence[int] | np.ndarray] | None,
     pad_id: int,
     max_length: int,
 ) -> Given:
@@ -122,8 +122,7 @@ def given(
     prompt_BP = np.pad(tokens_BS, ((0, 0), (0, room)), constant_values=pad_id)
     for row, (count, ids) in enumerate(zip(counts_B, forced, strict=True)):
         prompt_BP[row, count : count + len(ids)] = ids
-    live_B = (segments_BS > 0).any(axis=1)
-    return Given(encoder, prompt_BP, counts_B + forced_B, forced_B, live_B)
+    return Given(encoder, prompt_BP, counts_B + forced_B, forced_B, read_B > 0)
 
 
 def layout(cfg: ModelConfig, read: Given, length: int) -> tuple[jax.Array, Cells]:
@@ -155,7 +154,7 @@ class Decoder:
     def __init__(self, bound: Any):
         self.bound, self.cfg = bound, bound.cfg
         self.stack = bound.decoder if hasattr(bound, "decoder") else bound.stack
-        self.blocks: list[Block] = self.stack.layers()
+        self.blocks: list[Any] = self.stack.layers()
 
     def caches(self, B: int, length: int, memory_BSD=None) -> tuple[Cache, ...]:
         """Empty ones for `length` cells; cross keys and values are made here.
@@ -307,7 +306,7 @@ def generate(
     used_ids: int,
     key: jax.Array | None = None,
     pad_id: int = START_ID,
-    prefixes: Sequence[Sequence[int]] | None = None,
+    prefixes: Sequence[Sequence[int] | np.ndarray] | None = None,
     **settings: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes behind every row of a stream until EOS or `max_length`.

@@ -241,7 +241,7 @@ def fill_all(
     *,
     task: Task | None = None,
     settings: Settings | None = None,
-    prefix: Sequence[int] = (),
+    prefix: Sequence[int] | np.ndarray = (),
     gap_tokens: int = 1,
     seed: int = 0,
     batch_size: int = 16,

@@ -208,11 +208,11 @@ def rewind(
     guard: Guard,
     checkpoints: checkpoint.Checkpoints,
     peers: distributed.Peers,
-) -> int:
-    """Goes back before a spike; -> the step to go on from, 0 = the start.
+):
+    """Goes back before a spike: the newest checkpoint is then the one to go on from.
 
-    That is the latest checkpoint at least config.optim.spike_back steps before it;
-    without one the oldest there is.
+    That is the latest one at least config.optim.spike_back steps before it; without
+    any the oldest there is; without that the run begins anew.
 
     Raises:
       FloatingPointError: the run has rewound config.optim.spike_rewinds times.
@@ -231,7 +231,7 @@ def rewind(
             "lower config.optim.learning_rate, or allow more; then run again."
         )
 
-    def decide() -> int:
+    def decide():
         have = [s for s in checkpoints.steps() if s < spike.step]
         early = [s for s in have if s <= spike.step - o.spike_back]
         to = max(early) if early else min(have, default=0)
@@ -254,11 +254,9 @@ def rewind(
             f"{to} without the batches {first} to {last}.",
             flush=True,
         )
-        return to
 
-    to = peers.from_lead("rewind", decide)
+    peers.from_lead("rewind", decide)
     settle(checkpoints, workdir, peers)
-    return to
 
 
 def settle(

@@ -13,6 +13,7 @@ optimizer and its update, not of the backward pass.
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from t5x_lite.mup import Rates
 from t5x_lite.parameters import normal, zeros
 
 PREFIX = "lora/"
+TRAINING = ("lora", "distill")  # parts of a model that only training needs
 
 
 class Group(nnx.Module):
@@ -73,7 +75,7 @@ def adapted(net: nnx.Module, cfg: ModelConfig) -> nnx.Module:
                 f"shape {p.get_value().shape}, which is no matrix. Leave it out."
             )
         *layers, inputs, outputs = shape
-        at = net.lora
+        at: Any = net.lora  # pyright: ignore
         for part in name.split("/"):
             if not hasattr(at, part):
                 setattr(at, part, Group())
@@ -112,7 +114,7 @@ def added(weight, a, b, scale: float):
     return (weight + delta).astype(weight.dtype)
 
 
-def merged(params: dict, net: nnx.Module) -> dict:
+def merged(params: dict, net: nnx.Module, add=None) -> dict:
     """The parameters with every adapter added; the same object without adapters.
 
     The adapters stay beside, of no use any more.
@@ -124,14 +126,15 @@ def merged(params: dict, net: nnx.Module) -> dict:
         *path, last = name.split("/")
         a, b = (_at(params["lora"], (*path, last, k)) for k in "ab")
         weight = _at(params, (*path, last))
-        params = _with(params, (*path, last), added(weight, a, b, scale))
+        new = (add or added)(weight, a, b, scale)
+        params = _with(params, (*path, last), new)
     return params
 
 
 def plain(params: dict, net: nnx.Module) -> dict:
-    """The parameters of the same model without adapters: `merged`, these left out."""
-    whole = jax.jit(lambda p: merged(p, net))(params) if "lora" in params else params
-    return {name: below for name, below in whole.items() if name != "lora"}
+    """The parameters of `without(cfg)`: adapters merged, weight by weight."""
+    whole = merged(params, net, jax.jit(added, static_argnums=3))
+    return {name: below for name, below in whole.items() if name not in TRAINING}
 
 
 def scale_of(cfg: ModelConfig) -> float:
@@ -140,8 +143,8 @@ def scale_of(cfg: ModelConfig) -> float:
 
 
 def without(cfg: ModelConfig) -> ModelConfig:
-    """The config of a merged model."""
-    return dataclasses.replace(cfg, lora_rank=0)
+    """The config of a model that is used: adapters merged, no teacher's projection."""
+    return dataclasses.replace(cfg, lora_rank=0, distill_width=0)
 
 
 def frozen(cfg: ModelConfig, name: str) -> bool:

@@ -169,7 +169,7 @@ class SingleStack(Assembly):
         ctx = context(self.cfg, stream, before)._replace(keep=keep)
         x_BTE = self.embed(stream["tokens"])
         x_BTD = self.inputs.with_streams(x_BTE, stream, layers.fold(key, 0))
-        y_BTD, _, kept = self.stack(x_BTD, ctx, layers.fold(key, 1), None, kept_LBMD)
+        y_BTD, kept = self.stack(x_BTD, ctx, layers.fold(key, 1), kept_LBMD)
         dropped = layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 3), along=1)
         return dropped, kept
 
@@ -177,7 +177,7 @@ class SingleStack(Assembly):
         """Each layer's input at the tokens before, without gradient: [L, B, M, D]."""
         x_BMD = self.inputs(self.embed(before["tokens"]), before, layers.fold(key, 0))
         ctx = context(self.cfg, before)._replace(keep=True)
-        _, _, kept_LBMD = self.stack(x_BMD, ctx, layers.fold(key, 1))
+        _, kept_LBMD = self.stack(x_BMD, ctx, layers.fold(key, 1))
         return jax.lax.stop_gradient(kept_LBMD)
 
     def outputs(self, batch: dict, key=None, keep: bool = False) -> Outputs:
@@ -208,7 +208,7 @@ class EncoderDecoder(Assembly):
         x_BSD = self.encoder_inputs(x_BSE, stream, layers.fold(key, 0))
         ctx = context(self.cfg, stream)
         ctx = ctx._replace(seen="all" if self.cfg.unpadded else "mask")
-        x_BSD, _, _ = stack(x_BSD, ctx, layers.fold(key, 1))
+        x_BSD, _ = stack(x_BSD, ctx, layers.fold(key, 1))
         return layers.dropout(x_BSD, self.cfg.dropout, layers.fold(key, 2), along=1)
 
     def decode(
@@ -229,7 +229,7 @@ class EncoderDecoder(Assembly):
         )
         x_BTE = self.embed(stream["tokens"])
         x_BTD = self.decoder_inputs.with_streams(x_BTE, stream, layers.fold(key, 0))
-        y_BTD, _, kept = self.decoder(x_BTD, ctx, layers.fold(key, 1))
+        y_BTD, kept = self.decoder(x_BTD, ctx, layers.fold(key, 1))
         dropped = layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 2), along=1)
         return dropped, kept
 

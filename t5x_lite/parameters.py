@@ -3,9 +3,9 @@
 Modules only declare parameters and say how to use them; building one allocates nothing.
 """
 
-import functools
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,9 @@ def spread(model: nnx.Module, params: dict, mesh: Mesh, rules: Mapping) -> dict:
     """Parameters at their places in a mesh, see `sharding.spec`."""
 
     def put(name: str, p: nnx.Param):
-        leaf = functools.reduce(lambda node, part: node[part], name.split("/"), params)
+        leaf: Any = params
+        for part in name.split("/"):
+            leaf = leaf[part]
         axes = p.get_metadata()["axes"]
         partition = sharding.spec(name, axes, leaf.shape, rules, mesh)
         return jax.device_put(leaf, NamedSharding(mesh, partition))

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import math
 import pathlib
+from typing import Any
 
 import jax
 import optax
@@ -135,7 +136,7 @@ class Setup:
 
     def data_identity(self) -> dict:
         """What the content of the batches depends on beside the config."""
-        found = {"vocab": self.vocab.fingerprint}
+        found: dict[str, Any] = {"vocab": self.vocab.fingerprint}
         if isinstance(self.train_batches, mixture.MixedBatches):
             for name, member in self.train_batches.members.items():
                 found[f"train/{name}"] = member.fingerprint

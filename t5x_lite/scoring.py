@@ -29,11 +29,13 @@ class Ask(NamedTuple):
     """Ids that are read, and those behind them whose probability is asked for.
 
     skip: the first ids of `text` that only steer the model (a sentinel).
+    after: what an encoder reads behind the text.
     """
 
     given: np.ndarray
     text: np.ndarray
     skip: int = 0
+    after: np.ndarray = np.zeros(0, np.int32)
 
 
 def texts(
@@ -83,7 +85,7 @@ def ask(words: Vocab, cfg: Config, given: str, text: str) -> Ask:
         read = np.concatenate([start, given_ids, sentinel, end])
         return Ask(read, np.concatenate([sentinel, text_ids]), skip=1)
     if kind == "masks":
-        return Ask(np.concatenate([start, given_ids]), text_ids)
+        return Ask(np.concatenate([start, given_ids]), text_ids, after=end)
     return Ask(np.concatenate([start, given_ids, end]), text_ids)
 
 
@@ -152,11 +154,9 @@ def _shifted(asked: list[tuple[Ask, int]], structure: str, words: Vocab):
 
 
 def _hidden(asked: list[tuple[Ask, int]], structure: str, words: Vocab):
-    """The k-th token of each text hidden; [SEP] ends what an encoder reads."""
-    sep = np.array([words.special("sep")], np.int32)
-    tokens_BT = _padded(
-        [np.concatenate([a.given, a.text, sep]) for a, _ in asked], words.pad_id
-    )
+    """The k-th token of each text hidden."""
+    rows = [np.concatenate([a.given, a.text, a.after]) for a, _ in asked]
+    tokens_BT = _padded(rows, words.pad_id)
     places_B1 = np.array([[len(a.given) + k] for a, k in asked], np.int32)
     targets_B1 = np.take_along_axis(tokens_BT, places_B1, axis=1)
     np.put_along_axis(tokens_BT, places_B1, words.mask_id, axis=1)

@@ -184,7 +184,7 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
 
 
 def rounded(size: int) -> int:
-    """The next batch size that divides over the mesh in use; outside `use`: the same."""
+    """The next batch size that divides over the mesh in use; `size` outside `use`."""
     active = _ACTIVE.get()
     if active is None:
         return size

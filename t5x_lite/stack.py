@@ -175,7 +175,7 @@ class Stack(nnx.Module):
         if cfg.norm_order == "pre":
             self.norm = layers.Norm(cfg)
 
-    def layers(self) -> list[Block]:
+    def layers(self) -> list[Any]:
         """Every layer with parameters of its own, for decoding."""
         if self.cfg.share_layers:
             return [self.blocks] * self.depth
@@ -183,8 +183,8 @@ class Stack(nnx.Module):
         each = [jax.tree.map(lambda p, i=i: p[i], params) for i in range(self.depth)]
         return [nnx.merge(graph, of_layer) for of_layer in each]
 
-    def __call__(self, x_BTD, ctx: Context, key=None, cache=None, before_LBMD=None):
-        """-> (x_BTD after the final norm, new cache, each layer's input [L, B, T, D]).
+    def __call__(self, x_BTD, ctx: Context, key=None, before_LBMD=None):
+        """-> (x_BTD after the final norm, each layer's input [L, B, T, D]).
 
         The inputs are of the stack's own cells, and only kept if `ctx.keep`; else None.
         """
@@ -198,7 +198,7 @@ class Stack(nnx.Module):
             banded_L = (jnp.arange(self.depth) + 1) % cfg.window_every == 0
 
         def layer(x_BTD, of_layer):
-            params, key, cache, before_BMD, banded = of_layer
+            params, key, before_BMD, banded = of_layer
             if cfg.share_layers:
                 params = shared
             own = ctx
@@ -209,8 +209,8 @@ class Stack(nnx.Module):
             if ctx.keep and ctx.grid is not None:
                 read_BTD = x_BTD[:, : ctx.grid.length]
             block = nnx.merge(graph, params)
-            x_BTD, cache = block(x_BTD, own, key, cache, before_BMD)
-            return x_BTD, (cache, read_BTD)
+            x_BTD, _ = block(x_BTD, own, key, None, before_BMD)
+            return x_BTD, read_BTD
 
         if cfg.remat != "none":
             layer = jax.checkpoint(
@@ -218,15 +218,14 @@ class Stack(nnx.Module):
             )
         shared = params if cfg.share_layers else None
         each = None if cfg.share_layers else params
-        per_layer = (each, keys, cache, before_LBMD, banded_L)
+        per_layer = (each, keys, before_LBMD, banded_L)
         if cfg.scan:
-            x_BTD, out = jax.lax.scan(layer, x_BTD, per_layer, length=self.depth)
+            x_BTD, read_LBTD = jax.lax.scan(layer, x_BTD, per_layer, length=self.depth)
         else:
             outs = []
             for i in range(self.depth):
                 one = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
                 x_BTD, new = layer(x_BTD, one)
                 outs.append(new)
-            out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-        cache, read_LBTD = out
-        return self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, cache, read_LBTD
+            read_LBTD = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        return self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, read_LBTD

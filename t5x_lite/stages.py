@@ -149,7 +149,7 @@ def finish(setup: run.Setup, params: dict, workdir: pathlib.Path, at: int):
     """Writes and prints what is reported once, at the end; all processes call it."""
     if setup.cfg.init_from and setup.cfg.init_forgetting:
         _once(setup, workdir / "forgetting.json", at, forgetting, params)
-    if setup.teacher is not None:
+    if setup.cfg.distill:
         _once(setup, workdir / "distillation.json", at, distillation, params)
 
 

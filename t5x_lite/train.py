@@ -102,32 +102,19 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
         stack.enter_context(sharding.use(setup.mesh, cfg.sharding.rules))
         checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint, peers=peers)
         stack.callback(checkpoints.close)
-        # All see a loss that is not finite; the last save ends before they stop for it.
-        together.push(
-            lambda kind, *_: kind is FloatingPointError and checkpoints.wait()
-        )
+        together.push(lambda kind, *_: not_finite(kind, checkpoints, peers))
 
         # On NumPy alone, while XLA works.
         background = stack.enter_context(futures.ThreadPoolExecutor(1))
         baseline = background.submit(setup.unigram_loss)
         with timed(timings, "init or restore"):
             guard.settle(checkpoints, workdir, peers)
-            restored, meta, train_state = checkpoints.resume(
-                cfg.checkpoint.restore_step,
-                lambda meta: compatible.check_compatible(
-                    meta, cfg, setup.data_identity()
-                ),
-                setup.abstract_state,
-            )
-            setup = stages.pinned(setup, meta)
-            if restored is None:
-                train_state = setup.create_state()
-            elif train_state is None:
-                train_state = setup.create_state(workdir, restored)
+            asked = cfg.checkpoint.restore_step
+            setup, restored, meta, train_state = begin(setup, checkpoints, asked)
             jax.block_until_ready(train_state)
         first, cfg = restored or 0, setup.cfg
         over = peers.from_lead(
-            "patience", lambda: stopping.is_over(cfg.checkpoint, workdir, first)
+            "patience", lambda: stopping.is_over(cfg.checkpoint, workdir, restored or 0)
         )
         if first >= cfg.steps or over:
             rows = metrics.read(workdir / "metrics.jsonl")
@@ -165,12 +152,9 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
         end = running.run(train_state, first, meta)
         while end.spike:
             end.state = None  # makes room
-            first = guard.rewind(end.spike, end.watch, checkpoints, peers)
-            meta, train_state = {}, None
-            if first:
-                meta = checkpoints.meta(first)
-                train_state = checkpoints.restore(first, setup.abstract_state)
-            end = running.run(train_state or setup.create_state(), first, meta)
+            guard.rewind(end.spike, end.watch, checkpoints, peers)
+            _, restored, meta, train_state = begin(setup, checkpoints, -1)
+            end = running.run(train_state, restored or 0, meta)
         checkpoints.wait()
         if not end.signal:
             finish(setup, end.state, workdir, end.heldout, unigram)
@@ -179,6 +163,22 @@ def train(cfg: config.Config, workdir: pathlib.Path) -> dict:
         saved = "nothing" if end.saved is None else f"step {end.saved}"
         say(f"{name}: saved {saved}; the same command goes on from there")
     sys.exit(128 + end.signal)
+
+
+def begin(setup: run.Setup, checkpoints: checkpoint.Checkpoints, asked: int):
+    """The state to go on from -> (setup, its step or None, its meta, the state)."""
+
+    def check(meta: dict):
+        compatible.check_compatible(meta, setup.cfg, setup.data_identity())
+
+    found = checkpoints.resume(asked, check, setup.abstract_state)
+    restored, meta, train_state = found
+    setup = stages.pinned(setup, meta)
+    if restored is None:
+        train_state = setup.create_state()
+    elif train_state is None:
+        train_state = setup.create_state(checkpoints.directory.parent, restored)
+    return setup, restored, meta, train_state
 
 
 def compile_step(setup: run.Setup, train_state, batch: dict, beside: dict):
@@ -192,6 +192,13 @@ def compile_step(setup: run.Setup, train_state, batch: dict, beside: dict):
         out_shardings=(state.shardings(setup.abstract_state), None),
     )
     return train_step.lower(train_state, batch, beside).compile()
+
+
+def not_finite(kind, checkpoints: checkpoint.Checkpoints, peers: distributed.Peers):
+    """All see it at once; the last save and the dump are whole before they stop."""
+    if kind is FloatingPointError:
+        checkpoints.wait()
+        peers.barrier("not finite")
 
 
 def write_files(setup: run.Setup, workdir: pathlib.Path):
@@ -226,7 +233,8 @@ def finish(setup: run.Setup, train_state, workdir: pathlib.Path, last: dict, uni
     print(f"checkpoint     {workdir / 'checkpoints'}")
     print(f"loss curve     {workdir / 'loss.png'}")
     if loss is not None:
-        print(f"held-out loss  {loss:.4f} nats per target token")
+        unit = "target token" if not setup.cfg.model.head else "labelled example"
+        print(f"held-out loss  {loss:.4f} nats per {unit}")
         print(f"unigram loss   {unigram:.4f} on the same targets")
 
 

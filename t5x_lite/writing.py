@@ -28,7 +28,7 @@ def continue_all(
     rows: Sequence[np.ndarray],
     settings: Settings | None = None,
     *,
-    prefixes: Sequence[Sequence[int]] | None = None,
+    prefixes: Sequence[Sequence[int] | np.ndarray] | None = None,
     seed: int = 0,
     batch_size: int = 16,
     first: int = 0,

@@ -243,11 +243,16 @@ def whole_checkpoints(workdir: pathlib.Path) -> list[int]:
     ]
 
 
-def torture(workdir, shared, kills: int, steps: int, seed: int) -> list[Blow]:
+def torture(
+    workdir, shared, kills: int, steps: int, seed: int, minutes: float
+) -> list[Blow]:
+    ends = time.monotonic() + 60 * minutes
     rng, usual, blows = random.Random(seed), {}, []
     phases = itertools.cycle(PHASES)
     session = None
     for _ in (bar := tqdm.tqdm(range(kills), "kills")):
+        if minutes and time.monotonic() > ends:
+            break
         phase = next(phases)
         (sign, victims) = rng.choices([*BLOWS], [*BLOWS.values()])[0]
         while True:
@@ -319,6 +324,12 @@ def main(argv: list[str] | None = None):
     parser = cli.parser(__doc__)
     parser.add_argument("--kills", type=int, default=100, help="signals to send")
     parser.add_argument("--seed", type=int, default=0, help="of phases and signals")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=0.0,
+        help="fewer signals after so many; 0 = all",
+    )
     parser.add_argument("--folder", help="for both runs; a new one, which is kept")
     flags = parser.parse_args(argv)
     began = time.monotonic()
@@ -337,7 +348,9 @@ def main(argv: list[str] | None = None):
                 raise Wrong(f"the undisturbed run: {codes}")
             took = time.monotonic() - began
             print(f"undisturbed: {steps} steps in {took:.0f} s", flush=True)
-            blows = torture(run, shared, flags.kills, steps, flags.seed)
+            blows = torture(
+                *(run, shared, flags.kills, steps, flags.seed, flags.minutes)
+            )
             print("\n".join(table(blows)), flush=True)
             last = Session(run, shared, steps)
             if any(last.ended(10 * STARTS_WITHIN)):

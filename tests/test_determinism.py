@@ -87,7 +87,9 @@ def test_four_processes_make_the_same_bytes(name, folder):
 
 
 def kill_a_worker():
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    worker = multiprocessing.active_children()[0].pid
+    assert worker
+    os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def taught(head: dict, knobs: dict, wide: int = 32):
             return step.batch_sums(small, params, batch, cfg, 100, None, None, lessons)
 
         grads, sums = jax.grad(objective, (0, 1), has_aux=True)(params, known)
-        objective = objective(params, known)[0]
+        total = objective(params, known)[0]
         outs = [
             model.bind(net, p).outputs(batch, keep=True)
             for net, p in ((small, params), (large, known))
@@ -73,11 +73,12 @@ def taught(head: dict, knobs: dict, wide: int = 32):
                 ((small, params), (large, known)), outs, strict=True
             )
         ]
-        return objective, sums, grads, outs, texts
+        return total, sums, grads, outs, texts
 
     return stream, params, run(params, known)
 
 
+@pytest.mark.slow
 def test_text_is_taught_by_the_teachers_logits():
     stream, _, (objective, sums, grads, _, (own, shown)) = taught({}, dict(alpha=0.3))
     total = (kl(shown, own) * stream["weights"]).sum()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from t5x_lite import (
     checkpoint,
     evaluate,
     evaluate_tasks,
+    evaluations,
     generate,
     model,
     optim,
@@ -65,7 +67,14 @@ def log_softmax(logits_BTV) -> np.ndarray:
 # ---- scores of texts ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", ["decoder", "prefix_lm", "encoder_decoder"])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        "encoder_decoder",
+        "prefix_lm",
+        pytest.param("decoder", marks=pytest.mark.slow),
+    ],
+)
 def test_scores_are_those_of_the_decoder_with_its_cache(structure):
     """What greedy decoding writes has the score that decoding gave it."""
     _, net, params = untrained(structure)
@@ -224,20 +233,40 @@ def test_minimal_pairs_count_by_paradigm(structure):
     assert rows[0]["good_score"] == pytest.approx(scores[0][0], abs=1e-4)
 
 
+def test_bits_per_byte_by_hand():
+    """Nats of all tokens, EOS included, over the bytes of the text."""
+    ids = np.append(WORDS.encode("héllo"), WORDS.eos_id)[None]  # 6 bytes, 7 tokens
+    weights = np.ones_like(ids, np.float32)
+    batches = mock.Mock()
+    batches.whole.return_value = {"main": dict(targets=ids, weights=weights)}
+    setup = mock.Mock(cfg=untrained("decoder")[0], vocab=WORDS)
+    setup.heldouts, setup.heldout_steps.return_value = {"": batches}, range(2)
+    found = dict(heldout_loss=0.5, heldout_tokens=14)
+    expected = 14 * 0.5 / np.log(2) / 12
+    found = evaluations.bits_per_byte(setup, found)
+    assert found == {"heldout_bits_per_byte": pytest.approx(expected)}
+    setup.cfg = untrained("encoder")[0]
+    assert evaluations.bits_per_byte(setup, found) == {}
+
+
 # ---- heads --------------------------------------------------------------------------
 
 
 def test_the_best_span_by_brute_force():
-    context = task_files.CONTEXT
+    context = task_files.CONTEXT + " b c" * 20  # an answer has 30 words at most
+    length = 192
     maker = head_rows.RowMaker(
-        tasks.TASKS["squad"], "span", "encoder", vocab.load("bytes"), 64, 20
+        tasks.TASKS["squad"], "span", "encoder", WORDS, length, 100
     )
     record = {"question": "Who?", "context": context, "answers": []}
     rng = np.random.default_rng(0)
     for row in maker.rows([record]):
-        start_T, end_T = rng.normal(size=(2, 64)).astype(np.float32)
+        assert row.characters is not None
+        start_T, end_T = rng.normal(size=(2, length)).astype(np.float32)
+        start_T[: length // 3] += 9.0
+        end_T[-length // 3 :] += 9.0
         best = (-np.inf, "")
-        for i, j in itertools.combinations_with_replacement(range(64), 2):
+        for i, j in itertools.combinations_with_replacement(range(length), 2):
             if j >= len(row.tokens) or min(row.characters[[i, j], 1]) < 0:
                 continue
             text = context[row.characters[i, 0] : row.characters[j, 1]]
@@ -301,6 +330,7 @@ def test_classes_have_probabilities():
     logits = np.log([[0.75, 0.25], [0.9, 0.1], [0.5, 0.5]])  # a row that fills up
     answers = evaluate_tasks.answers_of(cfg, made, {"logits": logits})
     assert answers.predictions == [0, 0] and answers.targets == [0, 1]
+    assert answers.probabilities is not None
     np.testing.assert_allclose(answers.probabilities, [[0.75, 0.25], [0.9, 0.1]])
     found = answers.metrics(tasks.TASKS["sst2"])
     assert found["accuracy"] == 0.5 and found["ece"] == pytest.approx(
@@ -381,10 +411,10 @@ def saved(folder, **sections):
     mesh = sharding.make_mesh(cfg.sharding, jax.devices()[:1])
     abstract = state.abstract(net, tx, mesh, cfg.sharding.rules)
     checkpoints = checkpoint.Checkpoints(folder / "run", cfg.checkpoint)
-    for step, loss in ((3, 0.5), (5, 0.7)):
-        meta = checkpoint.make_meta(cfg, step, {"vocab": WORDS.fingerprint})
-        fresh = state.create(net, tx, abstract, step)
-        checkpoints.save(step, fresh, meta, {"heldout_loss": loss})
+    for at, loss in ((3, 0.5), (5, 0.7)):
+        meta = checkpoint.make_meta(cfg, at, {"vocab": WORDS.fingerprint})
+        fresh = state.create(net, tx, abstract, at)
+        checkpoints.save(at, fresh, meta, {"heldout_loss": loss})
     checkpoints.wait()
     checkpoints.close()
     return cfg

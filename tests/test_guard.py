@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import signal
 import types
 from typing import Any
 
@@ -30,6 +31,7 @@ from t5x_lite import (
     step,
     train,
 )
+from tests.test_distributed import Group
 from tests.tiny import random_batch, tiny_config
 
 # ---- the step on the device
@@ -125,7 +127,7 @@ def test_the_guard_keeps_no_second_copy_of_the_state(monkeypatch):
             donate_argnums=0,
             out_shardings=(state.shardings(abstract), None),
         )
-        found = one.lower(abstract, random_batch()).compile().memory_analysis()
+        found: Any = one.lower(abstract, random_batch()).compile().memory_analysis()
         return found, state.size_bytes(abstract)
 
     guarded, size = bytes_of()
@@ -153,7 +155,7 @@ def watched(workdir, **knobs) -> guard.Guard:
     st.lists(st.booleans(), max_size=30), st.integers(0, 4), st.integers(0, 30)
 )
 @hypothesis.settings(deadline=None, max_examples=60)
-def test_so_many_in_a_row_are_skipped_and_no_more(tmp_path_factory, steps, limit, kill):
+def test_so_many_in_a_row_are_skipped_and_no_more(steps, limit, kill):
     """Against the runs of a string; a restart in between counts on."""
     workdir = pathlib.Path("/nowhere")
     text = "".join(".x"[bad] for bad in steps)
@@ -224,7 +226,7 @@ def one_device():
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
     path = tmp_path_factory.mktemp("compiled")
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
     yield path
     jax.config.update("jax_compilation_cache_dir", before)
 
@@ -410,3 +412,45 @@ def test_too_many_bad_steps_stop_the_run_with_their_batch(
     assert not any("loss" in r for r in rows if "skipped" in r)
     # Never a state that has given no finite loss: 11 for 10, 21 for 20.
     assert saved == [11, 21, 30]
+
+
+def two_processes(workdir, rewound, poison="", limit=10):
+    """The run of `rewound` with two processes -> exit codes and outputs."""
+    given = [
+        *(f"--config={rewound[0]}/config.json", f"--workdir={workdir}"),
+        *("--config.sharding.data=2", f"--config.optim.skip_nonfinite={limit}"),
+    ]
+    code = (
+        "from t5x_lite import cli, guard, train\n"
+        "real = guard.Remaining.__getitem__\n"
+        "def poisoned(self, done):\n"
+        "    batch = real(self, done)\n"
+        f"    if done in [{poison}]: batch['main']['weights'] += float('nan')\n"
+        "    return batch\n"
+        "guard.Remaining.__getitem__ = poisoned\n"
+        "cli.run(train.main)"
+    )
+    group = Group(2, lambda rank: given, instead=dict.fromkeys(range(2), ["-c", code]))
+    return group.ended(), group.outputs
+
+
+@pytest.mark.slow
+def test_processes_rewind_together(rewound, tmp_path):
+    codes, outputs = two_processes(tmp_path, rewound)
+    assert codes == [0, 0], outputs
+    (about,) = json.loads((tmp_path / guard.REWINDS).read_text())["rewinds"]
+    assert (about["step"], about["to"], about["batches"]) == (24, 20, [20, 25])
+    assert "Rewind 1 of 1: going on from step 20 without" in outputs[0]
+    assert "Rewind" not in outputs[1]
+    rows = [r for r in sequence(tmp_path) if "loss" in r]
+    assert [r["step"] for r in rows] == list(range(1, 31))
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_the_dump_is_whole(rewound, tmp_path, capsys):
+    codes, outputs = two_processes(tmp_path, rewound, poison="3, 6, 7", limit=1)
+    assert 2 in codes and {*codes} <= {2, -signal.SIGABRT}, outputs
+    for out in outputs.values():
+        assert "step 8 is not finite (2 in a row)" in out and "Traceback" not in out
+    inspect.main([f"--dump={tmp_path}/nonfinite-8.npz"])
+    assert "examples 56 to 63" in capsys.readouterr().out

@@ -22,6 +22,7 @@ from t5x_lite import (
     checkpoint,
     checksums,
     integrity,
+    metrics,
     parameters,
     retention,
     stored,
@@ -521,3 +522,30 @@ def test_without_flock_a_live_process_of_this_machine_is_refused(tmp_path):
         (tmp_path / "lock").write_text(json.dumps(left))
         with workdir.only_process(tmp_path) as word:
             assert "4000000" in word
+
+
+# ---- several processes ------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_checkpoint_to_go_on_from(tmp_path):
+    from tests import test_distributed as processes
+
+    place, shared = tmp_path / "run", tmp_path / "shared"
+    often = ("--config.checkpoint.every=2", "--config.steps=4")
+    processes.run(2, place, shared, *often)
+    # With the same checksums that one process finds.
+    assert verify.main([f"--workdir={place}"]) == 0
+    before = [r for r in metrics.read(place / "metrics.jsonl") if r["step"] > 2]
+    for damage in (
+        lambda: flip(data_file(place, 4), data_file(place, 4).stat().st_size // 2),
+        lambda: lose_meta(place / "checkpoints/4"),
+    ):
+        damage()
+        out = processes.run(2, place, shared, *often)
+        assert "checkpoints/4 cannot be read" in out
+        assert "resuming after step 2 of 4" in out
+        again = [r for r in metrics.read(place / "metrics.jsonl") if r["step"] > 2]
+        assert [r.get("loss") for r in again] == [r.get("loss") for r in before]
+        assert retention.steps(place / "checkpoints") == [2, 4]
+    assert {p.name for p in (place / "abandoned").iterdir()} >= {"4-0", "4-1"}

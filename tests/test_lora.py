@@ -1,6 +1,7 @@
 """LoRA: the paper's formula, merging, freezing, in every structure."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,9 @@ def test_a_weight_gets_alpha_over_r_times_ab():
         merged = lora.plain(params, net)
         block = ("stack", "blocks")
         for path in (("attention", "query"), ("attention", "out"), ("mlp", "down")):
-            weight, new, pair = params, merged, params["lora"]
+            weight: Any = params
+            new: Any = merged
+            pair: Any = params["lora"]
             for key in (*block, *path):
                 weight, new, pair = weight[key], new[key], pair[key]
             a, b = np.asarray(pair["a"], np.float64), np.asarray(pair["b"], np.float64)
@@ -51,7 +54,13 @@ def test_a_weight_gets_alpha_over_r_times_ab():
         np.testing.assert_array_equal(*untouched)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    "structure",
+    [
+        pytest.param(s, marks=[] if s == "encoder_decoder" else [pytest.mark.slow])
+        for s in STRUCTURES
+    ],
+)
 def test_merged_is_unmerged(structure):
     """The same loss; a new adapter is the very function that it was put on."""
     shape = dict(structure=structure, lora_rank=2, lora_targets=ALL)

@@ -51,6 +51,20 @@ def test_rows_are_those_of_first_fit(given):
     assert (rows_X.tolist(), count) == first_fit(lengths_XS.tolist(), capacity)
 
 
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(examples())
+def test_rows_filled_one_by_one_are_full(given):
+    """All fit, and no example had room in a row before its own."""
+    lengths_XS, capacity = given
+    rows_X, count = packing._row_by_row(lengths_XS, capacity)
+    assert set(rows_X) == set(range(count))
+    free_RS = np.array([capacity] * count)
+    np.subtract.at(free_RS, rows_X, lengths_XS)
+    assert (free_RS >= 0).all()
+    for x, row in enumerate(rows_X):
+        assert (free_RS[:row] < lengths_XS[x]).any(axis=1).all()
+
+
 @hypothesis.settings(deadline=None, max_examples=50)
 @hypothesis.given(examples(), strategies.integers(-5, 2**70))
 def test_a_pack_holds_every_example_once_and_fits(given, seed):

@@ -125,7 +125,9 @@ UNFREEZE = ((r"decoder/.*|output/.*", 0), (r"encoder/.*", 2))
 ENCODER = dict(structure="encoder")
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize(
+    "name", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)]
+)
 def test_unfreezing_begins_as_new_at_its_step(name):
     """Before it bit-identical; then what the optimizer does from its first step."""
     optim = ADAMW | dict(name=name, weight_decay=0.1)

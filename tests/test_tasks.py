@@ -428,7 +428,7 @@ def test_windows_cover_the_context_and_hold_the_answer(structure, length):
         mine = [row for row in rows if row.record == i]
         seen, hits = np.zeros(len(context), bool), 0
         for row in mine:
-            assert len(row.tokens) <= length
+            assert len(row.tokens) <= length and row.characters is not None
             for begin, end in row.characters[row.characters[:, 1] >= 0]:
                 seen[begin:end] = True
             first, last = row.span
@@ -442,6 +442,7 @@ def test_windows_cover_the_context_and_hold_the_answer(structure, length):
         assert (hits > 0) == bool(record["answers"])
         # The answer is trained wherever all of it can be seen.
         for row in mine if record["answers"] else ():
+            assert row.characters is not None
             text, start = record["answers"][0]
             cells = row.characters[row.characters[:, 1] >= 0]
             whole = cells[0, 0] <= start and cells[-1, 1] >= start + len(text)
@@ -455,10 +456,11 @@ def test_tags_stand_at_first_pieces_and_are_cut_with_them():
     number = tasks.UPOS.index
     expected = [-1] * 12
     expected[1], expected[5], expected[10] = map(number, record["tags"])
-    assert row.tags.tolist() == expected and row.places.tolist() == [1, 5, 10]
+    assert row.tags is not None and row.tags.tolist() == expected
+    assert row.places is not None and row.places.tolist() == [1, 5, 10]
     assert make.cut == 1
     (row,) = maker("ud_ewt", "tags", length=11).rows([record])
-    assert row.places.tolist() == [1, 5, -1]
+    assert row.places is not None and row.places.tolist() == [1, 5, -1]
 
 
 def test_choice_and_similarity_take_several_rows():
@@ -534,6 +536,7 @@ def segments(stream, field="tokens"):
 def test_an_epoch_of_packed_text_holds_every_example_once(structure, tmp_path):
     _, words, train, _ = opened(tmp_path, structure)
     made, pad, eos = train.made, words.pad_id, words.eos_id
+    assert isinstance(made, task_batches.TextExamples)
     expected = sorted(
         (i.tolist(), t.tolist()) for i, t in zip(made.inputs, made.targets, strict=True)
     )
@@ -670,7 +673,11 @@ def test_a_task_of_ones_own_may_be_tags_numbers_or_jsonl(tmp_path):
         ),
         "num": dict(train=path, dev=path, inputs=("s",), label="n", head="regression"),
     }
-    tag, num = (custom_tasks.find(name, table) for name in table)
+    table["text"] = dict(train=path, dev=path, inputs=("s",), label="s", head="")
+    tag, num, text = (custom_tasks.find(name, table) for name in table)
+    assert (text.metrics, text.heads) == (("exact_match",), ())
+    (record, *_) = task_readers.read(text.source, "", "dev")
+    assert tasks.text_of(text, record) == ("text s: a b", "a b")
     (record, *_) = task_readers.read(tag.source, "", "dev")
     assert tasks.text_of(tag, record) == ("tag: a b", "X Y")
     (record, *_) = task_readers.read(num.source, "", "train")

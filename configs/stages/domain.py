@@ -8,7 +8,8 @@ the general text beside it, give a mixture:
         'heldout': 'data/stages/persuasion_heldout.jsonl'}, 'general': {'train': \\
         'data/train.jsonl', 'heldout': 'data/heldout.jsonl', 'rate': 0.5}}"
 
-RESULTS"""
+2026-11-21, 2 CPU cores, one seed: held-out loss of the domain 5.9888; that of stage 1
+went from 6.0055 to 6.0143 (forgetting.json)."""
 
 from configs.stages import general
 

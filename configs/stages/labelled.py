@@ -1,7 +1,12 @@
 """Stage 4 of 4, labelled: speech or narration? A head on the first cell, as BERT's.
 
 See general.py for the commands. The rate falls by layers (layer_decay), the run stops
-when four evaluations have brought no better accuracy, and keeps the best. RESULTS"""
+when four evaluations have brought no better accuracy, and keeps the best.
+
+2026-11-21, 2 CPU cores, one seed: best accuracy on the 342 dev texts 0.912 after 210
+steps (after stage 1 alone 0.915, from nothing 0.947: a first stage as short as this one
+gives nothing; 0.526 is the more frequent class). The masked-LM loss of stages 3, 2 and
+1 rose by 0.104, 0.094 and 0.127."""
 
 from configs.stages import general
 

@@ -36,11 +36,18 @@ _KEYS = dict(
     label="label",
     classes=(),
     head="class",
-    metrics=("accuracy",),
+    metrics=(),
     prefix="",
     prompt="",
 )
-_HEADS = ("class", "similarity", "regression", "tags", "")
+# The heads that such a task may have ("" = text only) -> its metrics.
+_HEADS = {
+    "class": ("accuracy",),
+    "similarity": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+    "tags": ("tag_accuracy",),
+    "": ("exact_match",),
+}
 
 
 def _custom(name: str, row: Mapping[str, Any]) -> Task:
@@ -82,7 +89,7 @@ def _custom(name: str, row: Mapping[str, Any]) -> Task:
         Source(kind[1], *files, fields, labels=labels),
         prefix,
         inputs,
-        metrics=tuple(found["metrics"]),
+        metrics=tuple(found["metrics"]) or _HEADS[head],
         heads=(head,) if head else (),
         parts=inputs[:2],
         classes=classes,

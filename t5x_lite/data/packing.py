@@ -15,7 +15,7 @@ import numpy as np
 
 from t5x_lite.example import STREAM, TRAINED
 
-GROUP = 8192  # examples that are packed among each other
+GROUP = 4096  # examples that are packed among each other
 # Fields with one value a cell; 0 stands in the cells that nothing fills.
 _OF_CELLS = (*STREAM, *TRAINED, "types")
 
@@ -51,7 +51,8 @@ def pack(lengths_XS: np.ndarray, capacity: tuple[int, ...], *, seed: int) -> Pac
     The examples are shuffled and cut into groups of `GROUP`, which bounds the time; in
     a group the long ones come first (first-fit decreasing, Johnson 1973). "Long" has
     several meanings with several streams, and none is best for all data: the first
-    group tries them all, and the shuffled order, and the best is kept for the others.
+    group tries them all, and the shuffled order, and to fill the rows one by one, and
+    what needs the fewest rows is kept for the others.
 
     Args:
         lengths_XS: int [examples, streams], cells of each example in each stream.
@@ -67,15 +68,19 @@ def pack(lengths_XS: np.ndarray, capacity: tuple[int, ...], *, seed: int) -> Pac
     groups = [shuffled_X[i : i + GROUP] for i in range(0, len(shuffled_X), GROUP)]
 
     def packed(group, order):
-        sizes = order(lengths_XS[group] / np.array(capacity))
-        chosen = group[np.argsort(-sizes, kind="stable")]
-        rows, count = _first_fit(lengths_XS[chosen], capacity)
+        if order is None:
+            rows, count = _row_by_row(lengths_XS[group], capacity)
+        else:
+            sizes = order(lengths_XS[group] / np.array(capacity))
+            group = group[np.argsort(-sizes, kind="stable")]
+            rows, count = _first_fit(lengths_XS[group], capacity)
         by_row = np.argsort(rows, kind="stable")
-        return chosen[by_row], np.bincount(rows, minlength=count)
+        return group[by_row], np.bincount(rows, minlength=count)
 
-    orders = ORDERS if len(capacity) > 1 else ORDERS[:1]
-    # The first of those that need the fewest rows.
-    best = min(orders, key=lambda order: len(packed(groups[0], order)[1]))
+    best = ORDERS[0]
+    if len(capacity) > 1:
+        ways = (*ORDERS, None)
+        best = min(ways, key=lambda order: len(packed(groups[0], order)[1]))
     parts = [packed(group, best) for group in groups]
     examples = np.concatenate([part[0] for part in parts])
     counts = np.concatenate([part[1] for part in parts])
@@ -176,6 +181,41 @@ def _first_fit(lengths_XS: np.ndarray, capacity) -> tuple[np.ndarray, int]:
         rows_X[begin:end] = np.repeat(open_R, taken_R)
         count = max(count, int(rows_X[end - 1]) + 1)
     return rows_X, count
+
+
+def _row_by_row(lengths_XS: np.ndarray, capacity) -> tuple[np.ndarray, int]:
+    """Row of each example: (int64 [X], rows).
+
+    A row takes, as long as one fits, the example that looks most like its free cells:
+    the largest dot product of shares (Panigrahy et al. 2011, "Heuristics for Vector Bin
+    Packing", section 2). Keeps several streams in balance, where first-fit leaves room
+    in one because another is full.
+    """
+    S, left_X = len(capacity), np.arange(len(lengths_XS))
+    lengths_SX = lengths_XS.T.astype(np.int32)
+    shares_SX = lengths_SX / np.array(capacity)[:, None]
+    rows_X, row, free = np.empty(len(lengths_XS), np.int64), 0, list(capacity)
+    gone = 0
+    while gone < len(left_X):
+        likeness_X = sum(shares_SX[s] * (free[s] / capacity[s]) for s in range(S))
+        fits_X = np.logical_and.reduce([lengths_SX[s] <= free[s] for s in range(S)])
+        likeness_X = np.where(fits_X, likeness_X, -1.0)
+        x = int(np.argmax(likeness_X))
+        if likeness_X[x] < 0:
+            row, free = row + 1, list(capacity)
+            continue
+        rows_X[left_X[x]] = row
+        free = [f - int(n) for f, n in zip(free, lengths_SX[:, x], strict=True)]
+        lengths_SX[:, x] = _GONE
+        gone += 1
+        if 4 * gone > len(left_X):
+            kept_X = lengths_SX[0] < _GONE
+            left_X, gone = left_X[kept_X], 0
+            lengths_SX, shares_SX = lengths_SX[:, kept_X], shares_SX[:, kept_X]
+    return rows_X, row + 1
+
+
+_GONE = 2**30  # cells of an example that has its row: fits nowhere
 
 
 def join(

@@ -272,6 +272,8 @@ TASKS = {
         parts=("marked", "candidate"),
         classes=TRUTH,
         text=texts.wsc,
+        prompt='{text}\nDoes "{pronoun}" stand for "{candidate}"?\nanswer:',
+        verbal=("no", "yes"),
     ),
     # ---- questions about a text -------------------------------------------------
     # SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016, 2018). XQuAD (Artetxe et al. 2020) has

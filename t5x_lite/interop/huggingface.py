@@ -91,7 +91,7 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} has no config.json. Copy the model's there.")
     try:
         found = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} is no JSON: {e}. Copy the model's there.") from e
     if not isinstance(found, dict):
         raise ValueError(f"{file} is no JSON object. Copy the model's there.")

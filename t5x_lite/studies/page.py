@@ -74,9 +74,9 @@ def write(found: Analysis, output: pathlib.Path, name: str) -> pathlib.Path:
         figures="\n".join(blocks),
         laws=html.escape("\n".join(laws_as_text(found)).strip()),
         cells_note=html.escape(
-            "Loss: mean of the seeds ± their standard deviation, nats per predicted "
-            "token. Better than: cells whose loss is higher by more than noise "
-            "explains (Games-Howell; of more than "
+            f"{figures.loss_label(found).capitalize()}: mean of the seeds ± their "
+            "standard deviation. Better than: cells whose loss is higher by more than "
+            "noise explains (Games-Howell; of more than "
             f"{compare.MOST_PAIRED} cells the best one alone is compared). A cell's "
             "name leads to its config."
         ),

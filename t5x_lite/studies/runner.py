@@ -28,6 +28,7 @@ from t5x_lite import (
     metrics,
     sharding,
     step,
+    stopping,
     train,
 )
 from t5x_lite import run as run_lib
@@ -162,10 +163,19 @@ class Clock:
 
 
 def trained(cfg: Config, workdir: pathlib.Path) -> dict:
-    """The last held-out metrics of a run, which is trained or resumed if needed."""
+    """The last held-out metrics of a run, which is trained or resumed if needed.
+
+    With config.checkpoint.patience, which keeps the best, those of the best.
+    """
     if cfg.steps not in saved_steps(cfg, workdir):
         train.train(cfg, workdir)
-    return last_heldout(workdir)
+    if not cfg.checkpoint.patience:
+        return last_heldout(workdir)
+    at = stopping.best(
+        cfg.checkpoint, stopping.scores(cfg.checkpoint, workdir, cfg.steps)
+    )
+    rows = metrics.read(workdir / "metrics.jsonl")
+    return next(row for row in rows if row["step"] == at and checkpoint.METRIC in row)
 
 
 def saved_steps(cfg: Config, workdir: pathlib.Path) -> list[int]:
@@ -184,12 +194,17 @@ def last_heldout(workdir: pathlib.Path) -> dict:
 
 
 def own_scores(heldout: dict) -> dict[str, float]:
-    """{"loss": ..., "accuracy": ...} of a line of held-out metrics."""
+    """{"loss": ..., "accuracy": ...} of a line of held-out metrics.
+
+    And "error" = 1 - accuracy, of which less is better, too.
+    """
     named = {
         k.removeprefix("heldout_"): v
         for k, v in heldout.items()
         if k.startswith("heldout_")
     }
+    if "accuracy" in named:
+        named["error"] = 1.0 - named["accuracy"]
     if "unigram_loss" in heldout:
         named["unigram_loss"] = heldout["unigram_loss"]
     return named
@@ -223,7 +238,9 @@ def adapted(
             with contextlib.closing(
                 checkpoint.Checkpoints(workdir, setup.cfg.checkpoint)
             ) as first:
-                first.save(0, state, meta, math.inf)  # the best of nothing
+                best = setup.cfg.checkpoint
+                worst = math.inf if best.metric_mode == "min" else -math.inf
+                first.save(0, state, meta, {best.metric: worst})
                 first.wait()
     return own_scores(trained(cfg, workdir))
 

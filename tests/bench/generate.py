@@ -1,10 +1,11 @@
 """Speed of generation beside transformers'.   python -m tests.bench.generate --rounds=3
 
-On this machine's CPU, in float32: greedy, a fixed number of new tokens behind texts of 32
-tokens, one text and 32 at a time; a T5 of T5-small's shape, GPT-2's 124M and a GPT of a
-quarter of its width. Both sides load the same weights and must write the same tokens. A
-process each, all cores; rounds alternate and medians are printed. What is not timed:
-loading, and the first call, in which ours compiles (its seconds are printed).
+On this machine's CPU, in float32: greedy, a fixed number of new tokens behind texts of
+32 tokens, one text and 32 at a time; a T5 of T5-small's shape, GPT-2's 124M and a GPT
+of a quarter of its width. Both sides load the same weights; the share of tokens that
+are the same is printed. A process each, all cores; rounds alternate, and the median of
+their ratios is printed. Not timed: loading, and the first call, in which ours compiles
+(its seconds are printed).
 """
 
 import argparse
@@ -131,7 +132,7 @@ def serve(side: str, path: pathlib.Path, new: int) -> None:
     print(json.dumps(first), flush=True)
     for line in sys.stdin:
         ids = texts(int(line))
-        one(ids[:, :])  # while the others worked, this process's memory grew cold
+        one(ids)  # while the others worked, this process's memory grew cold
         start = time.perf_counter()
         tokens = one(ids)
         print(json.dumps([time.perf_counter() - start, tokens.tolist()]), flush=True)
@@ -165,14 +166,15 @@ def compare(task: str, rounds: int, new: int) -> None:
             speed = {s: rows * new / statistics.median(t) for s, t in seconds.items()}
             pairs = zip(seconds["ours"], seconds["transformers"], strict=True)
             ratios = [theirs / mine for mine, theirs in pairs]
+            same = np.mean(a == b)
+            at = str(rows)
             print(
-                f"{task:10} {rows:3} x {new} tokens: ours {speed['ours']:8.1f} tokens/s,"
-                f" transformers {speed['transformers']:8.1f}, ratio "
+                f"{task}, {rows} x {new} tokens: ours {speed['ours']:.1f} tokens/s, "
+                f"transformers {speed['transformers']:.1f}; ratio "
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-                f"{max(ratios):.2f}, {rounds} rounds); same tokens: "
-                f"{np.mean(a == b):.1%}; first call "
-                f"{first['ours'][str(rows)]:.1f} s, theirs "
-                f"{first['transformers'][str(rows)]:.1f} s",
+                f"{max(ratios):.2f}, {rounds} rounds); same tokens {same:.1%}; first "
+                f"call {first['ours'][at]:.1f} s, theirs "
+                f"{first['transformers'][at]:.1f} s",
                 flush=True,
             )
         for worker in workers.values():
