@@ -9,7 +9,10 @@
 Instead of rates: `c.data.mixing = "proportional"` with temperature and cap, as T5 mixes
 its tasks (Raffel et al. 2020, section 3.5.2). `:smoke` mixes the two files of data/.
 
-Hardware, wall time, held-out losses: not yet measured."""
+2026-11-21, 2 CPU cores, 120 steps with the change at step 60 (from 3 : 1 to 1 : 1):
+held-out loss 4.7994 (Bible 4.6157, novels 4.9099), after 40 steps 5.2391 (5.1543,
+5.2901), unigram 5.6607. The 500 steps as they stand here, and the wall time of an idle
+machine: not yet measured."""
 
 from configs import base, demo
 

@@ -32,6 +32,7 @@ from t5x_lite import (
 )
 from t5x_lite import config as config_lib
 from t5x_lite.integrity import first_line
+from t5x_lite.workdir import probe
 
 METRIC = "heldout_loss"
 # Bytes of an array in one piece of the files: whoever reads it holds pieces twice.
@@ -100,6 +101,9 @@ class Checkpoints:
         self._retention.scored(step, numbers)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), state)
         with self._write_errors():
+            if self.peers.lead:
+                # Orbax's threads would wait for ten minutes for the folder.
+                probe(self.directory)
             written = self._manager.save(
                 step,
                 args=ocp.args.Composite(

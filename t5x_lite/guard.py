@@ -16,7 +16,6 @@ step, what is left out), after a kill too.
 import collections
 import dataclasses
 import json
-import math
 import pathlib
 import shutil
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import checkpoint, config, distributed, dumps, integrity, run
+from t5x_lite import checkpoint, config, distributed, dumps, integrity, optim, run
 from t5x_lite.workdir import replace
 
 REWINDS = "rewinds.json"
@@ -146,16 +145,15 @@ class Guard:
         if not finite:
             return self._not_finite(now, loss, norms_N)
         self.in_a_row = 0
-        usual = math.inf
-        if self.optim.spike_factor and len(self._losses) == self.optim.spike_window:
+        found, factor = {}, self.optim.spike_factor
+        if factor and len(self._losses) == self.optim.spike_window:
             usual = statistics.median(self._losses)
-        if loss > self.optim.spike_factor * usual:
-            if self.optim.spike_rewinds:
-                raise Spike(now, loss, usual, norms_N)
-            self._losses.append(loss)
-            return {"spike": loss / usual}
+            if loss > factor * usual:
+                if self.optim.spike_rewinds:
+                    raise Spike(now, loss, usual, norms_N)
+                found = {"spike": loss / usual}
         self._losses.append(loss)
-        return {}
+        return found
 
     def _not_finite(self, now: int, loss: float, norms_N: np.ndarray):
         self.skipped += 1
@@ -175,8 +173,9 @@ class Guard:
         )
 
     def _parameters(self) -> list[str]:
+        """In the order of their gradients; a frozen one's is 0."""
         leaves = jax.tree.leaves_with_path(self.setup.abstract_state["params"])
-        return ["/".join(key.key for key in path) for path, _ in leaves]
+        return [optim.name_of(path) for path, _ in leaves]
 
     def dump(self, kind: str, now: int, loss: float, norms_N: np.ndarray) -> str:
         """The lead writes WORKDIR/KIND-STEP.npz; -> a sentence about the batch."""

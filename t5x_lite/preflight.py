@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -36,10 +35,9 @@ from t5x_lite import (
     vocab,
 )
 from t5x_lite.data import mixture, sources, store
-from t5x_lite.workdir import check_space, only_process
+from t5x_lite.workdir import check_space, only_process, probe
 
 LONG = 2**26  # bytes of text whose tokens take a while
-_PROBE = b"\0" * 2**20
 
 
 def main(cfg: config.Config, workdir: pathlib.Path) -> int:
@@ -124,10 +122,7 @@ class _Checks:
         if not self.peers.lead:
             raise _NotYet("checked by rank 0")
         word = self.stack.enter_context(only_process(self.workdir))
-        with tempfile.TemporaryFile(dir=self.workdir) as file:
-            file.write(_PROBE)
-            file.flush()
-            os.fsync(file.fileno())
+        probe(self.workdir)
         return "; ".join(filter(None, ("writable, and no other process's", word)))
 
     def _vocabulary(self) -> str:

@@ -17,6 +17,7 @@ import os
 import pathlib
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -103,6 +104,16 @@ def replace(path: pathlib.Path, content: str | bytes):
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def probe(directory: pathlib.Path):
+    """Raises OSError if nothing can be written there."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".probe-") as made:
+        path = pathlib.Path(made) / "1"
+        with path.open("wb") as f:
+            f.write(bytes(2**16))
+            f.flush()
+            os.fsync(f.fileno())
 
 
 def check_space(workdir: pathlib.Path, size: int, count: int):

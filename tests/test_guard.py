@@ -24,6 +24,7 @@ from t5x_lite import (
     metrics,
     model,
     optim,
+    parameters,
     progress,
     run,
     sharding,
@@ -62,7 +63,7 @@ def assert_same(found, expected):
     [("adamw", 2), pytest.param("adafactor", 1, marks=pytest.mark.slow)],
 )
 def test_a_step_that_is_not_finite_changes_only_its_number(
-    name, microbatches, monkeypatch
+    name, microbatches, monkeypatch, tmp_path
 ):
     real = step.accumulate
 
@@ -77,6 +78,7 @@ def test_a_step_that_is_not_finite_changes_only_its_number(
     monkeypatch.setattr(step, "accumulate", accumulate)
     more: Any = dict(name=name, microbatches=microbatches, weight_decay=0.1)
     more |= dict(schedule="linear", warmup_steps=4, learning_rate=0.1)
+    more["lr_rules"] = ((r"encoder/norm/scale", 0.0), (r".*", 1.0))
     cfg, train_step, now = made(optim=more, steps=50)
     rate: Any = optim.schedule(cfg)
     poisoned, steep = random_batch(1), random_batch(1)
@@ -91,7 +93,9 @@ def test_a_step_that_is_not_finite_changes_only_its_number(
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree.leaves_with_path(now["params"])
     ]
-    for batch, bad in ((poisoned, names), (steep, ["decoder/norm/scale"])):
+    assert watched(tmp_path, **more)._parameters() == names
+    moving = [name for name in names if name != "encoder/norm/scale"]  # is frozen
+    for batch, bad in ((poisoned, moving), (steep, ["decoder/norm/scale"])):
         now, found = train_step(now, batch)
         assert not bool(found["finite"])
         assert np.isfinite(found["sums"]["tokens"].nll) == (batch is steep)
@@ -146,8 +150,11 @@ def test_the_guard_keeps_no_second_copy_of_the_state(monkeypatch):
 def watched(workdir, **knobs) -> guard.Guard:
     cfg = tiny_config(optim=knobs)
     setup: Any = types.SimpleNamespace(
-        cfg=cfg, lead=False, abstract_state={"params": {"a": 0, "b": {"c": 0}}}
+        cfg=cfg, lead=False, model=model.build(cfg.model)
     )
+    params = parameters.declared(setup.model)
+    nested = parameters.nested({tuple(name.split("/")): 0 for name in params})
+    setup.abstract_state = {"params": nested}
     return guard.Guard(setup, workdir, {})
 
 

@@ -465,10 +465,10 @@ def test_a_disk_that_is_full_during_a_save_loses_nothing(small_disk):
     # With room again, the same run goes on.
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
     with writer_of(small_disk, **keep) as again:
-        assert not list((small_disk / "checkpoints").glob("*tmp*"))
         again.save(have[-1] + 1, noise(9), {"step": 9})
         again.wait()
         assert again.steps() == [*have, have[-1] + 1]
+        assert not list((small_disk / "checkpoints").glob("*tmp*"))
 
 
 def test_a_workdir_that_turns_read_only_is_one_clear_error(small_disk):

@@ -73,9 +73,9 @@ def test_attention_maps_show_who_sees_whom(structure):
     assert weights_LNTS.shape[:2] == (cfg.depth, cfg.heads)
     np.testing.assert_allclose(weights_LNTS.sum(axis=-1), 1.0, rtol=1e-5)
     cells = Cells.of(probe.rows_of(batch, 1)["main"])
-    seen_TS = np.asarray(visible(cells, cells))[0]
+    seen_TS = np.asarray(visible(cells, cells)[0])
     read_T = batch["main"]["segments"][0] > 0
-    looks_TS = (weights_LNTS > 0).all(axis=(0, 1))[read_T]
+    looks_TS = np.all(weights_LNTS > 0, axis=(0, 1))[read_T]
     np.testing.assert_array_equal(looks_TS, seen_TS[read_T])
 
 
@@ -111,7 +111,7 @@ class Page(html.parser.HTMLParser):
         for key in ("src", "href"):
             if not str(given.get(key, "#")).startswith(("#", "data:")):
                 self.fetched.append(given[key])
-        self.images += tag == "img" and given["src"].startswith("data:image/png")
+        self.images += str(given.get("src")).startswith("data:image/png")
 
     def handle_data(self, data):
         self.words.append(data)
