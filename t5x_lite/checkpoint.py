@@ -230,7 +230,7 @@ class Checkpoints:
         return restored
 
     def resume(
-        self, asked: int, check: Callable[[dict], None], abstract_state
+        self, asked: int, check: Callable[[dict], Any], abstract_state
     ) -> tuple[int | None, dict, Any]:
         """The newest checkpoint that is whole, or the one asked for.
 

@@ -162,7 +162,10 @@ def _config_of_a_run(name: str, path: str) -> ml_collections.ConfigDict:
             f"'config' ({type(e).__name__}). Give WORKDIR/config.json or a .py file."
         ) from e
     frozen = config_lib.freeze(found)
-    return ml_collections.ConfigDict(config_lib.to_json(frozen, tuples=True))
+    try:
+        return ml_collections.ConfigDict(config_lib.to_json(frozen, tuples=True))
+    except (TypeError, ValueError) as e:  # a name with a dot, say
+        raise ValueError(f"--config={name}: {e}") from e
 
 
 @contextlib.contextmanager

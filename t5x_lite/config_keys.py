@@ -43,7 +43,7 @@ class DataConfig:
         "rates", "rates as given, or by size (T5)", among=("rates", "proportional")
     )
     temperature: float = key(
-        1.0, "proportional: rate = size^(1/T); 1 = size, large = equal", low=1e-3
+        1.0, "proportional: rate = size^(1/T); 1 = size, large = equal", low=0.1
     )
     cap: int = key(0, "proportional: most examples of a source that count", low=0)
     rate_changes: tuple = key(

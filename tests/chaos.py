@@ -32,7 +32,7 @@ from tests.test_rendezvous import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROCESSES = 2
-STEPS_PER_KILL = 25
+STEPS_PER_KILL = 12
 EVAL_EVERY, SAVE_EVERY = 10, 5
 PHASES = ("start-up", "compile", "step", "evaluation", "save", "deletion")
 # jax gives up on a lost process after distributed.HEARTBEAT_SECONDS = 60.
@@ -192,7 +192,7 @@ def sequence(workdir: pathlib.Path) -> list[dict]:
 def await_phase(session: Session, phase: str, rng: random.Random, usual: dict):
     """Sleeps until a blow would land there, at a random instant of it."""
     began = time.monotonic()
-    until = lines(session.workdir) + rng.randint(1, 20)
+    until = lines(session.workdir) + rng.randint(1, 8)
     while session.alive():
         found = session.phase()
         usual.setdefault(found, time.monotonic() - began)

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import time
+from typing import Any
 from unittest import mock
 
 import jax
@@ -307,7 +308,7 @@ def test_without_any_good_one_nothing_is_changed(run):
     before = snapshot(run)
     with writer_of(run) as made:
         with pytest.raises(integrity.Damaged, match=r"no checkpoint of \[5, 3\]"):
-            made.resume(-1, dict, wanted)
+            made.resume(-1, bool, wanted)
     assert snapshot(run) == before
 
 
@@ -348,7 +349,7 @@ def test_retention_keeps_what_it_says_whatever_is_damaged():
             if rng.random() < 0.5:
                 losses[step] = rng.random()
                 policy.scored(step, {"heldout_loss": losses[step]})
-            infos = [Info(s) for s in there]
+            infos: Any = [Info(s) for s in there]
             kept = policy.should_preserve(infos, context=mock.Mock())
             before = there
             there = [s for s, k in zip(before, kept, strict=True) if k]
@@ -395,7 +396,7 @@ def test_the_only_good_checkpoint_outlives_damaged_ones(tmp_path, capsys):
         )
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.tree.map(lambda s: s.update(sharding=place), like)
-        step, _, state = again.resume(-1, dict, like)
+        step, _, state = again.resume(-1, bool, like)
         assert step == 2 and float(state["x"][0]) == 2
         again.set_aside_after(step)
         again.save(3, tiny_state(3), {"step": 3})

@@ -1,5 +1,7 @@
 """`from t5x_lite import load`: what a notebook asks a trained model."""
 
+import pathlib
+import re
 from typing import Any
 
 import jax
@@ -96,6 +98,17 @@ def test_score_is_that_of_the_training_loss(models, tmp_path):
 def test_encoders_score_too(models):
     plain, odd = models["encoder"].score(["the Lord", "the Lord said unto him"])
     assert odd < plain < 0
+
+
+def test_the_example_of_the_readme(models):
+    """It runs as it stands, on a run of the demo's config."""
+    readme = pathlib.Path("README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    (block,) = (b for b in blocks if "from t5x_lite import load" in b)
+    m = models["encoder_decoder"]
+    source = block.replace('load("runs/demo")', "given")
+    assert source != block
+    exec(compile(source, "README.md", "exec"), {"given": m})
 
 
 def test_repr_and_errors(models, tmp_path):

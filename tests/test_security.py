@@ -147,7 +147,10 @@ def test_the_search_leaves_alone(source):
 
 @pytest.mark.parametrize(
     "name, words",
-    [("cli.py", "Python file, run as it is"), ("studies/run.py", "Python file with get_study()")],
+    [
+        ("cli.py", "Python file, run as it is"),
+        ("studies/run.py", "Python file with get_study()"),
+    ],
 )
 def test_the_help_says_what_is_run(name, words):
     assert words in " ".join((PACKAGE / name).read_text().split())

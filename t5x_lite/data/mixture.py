@@ -11,10 +11,11 @@ Example i of the run is example j of source k, both closed forms of i (`rates.Mi
 each source goes through its own epochs. A source may also be a labelled task.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -234,6 +235,31 @@ def _rates(cfg: Config, members: Mapping[str, AnyBatches]) -> dict[str, float]:
     return {
         name: float(data.mixture.get(name, {}).get("rate", 1.0)) for name in members
     }
+
+
+def look(texts: Sequence[Source]):
+    """Reads the first document of each text: what is wrong with a path, a package or a
+    field is known before any of them is tokenised.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: naming the key.
+    """
+    for text in texts:
+        with _named(text):
+            first = sources.files(text.spec, text.options)[:1]
+            for file in first:
+                next(sources.read(file, text.options), None)
+
+
+@contextlib.contextmanager
+def _named(text: Source) -> Iterator[None]:
+    """Errors about a source name the key that it comes from."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("source "):
+            raise
+        raise type(error)(f"{text.key}: {error}") from error
 
 
 def open_text(cfg: Config, words: Vocab, text: Source, **more) -> store.TokenStore:

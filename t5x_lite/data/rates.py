@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from t5x_lite.data import texts
+
 BLOCK = 1024
 _BITS = np.uint64(32)
 _ONE = 1 << 32
@@ -30,7 +32,9 @@ def proportional(
         cap: artificial limit K of a size; 0 = none.
     """
     limited = {k: min(n, cap) if cap else n for k, n in sizes.items()}
-    return {k: float(n) ** (1 / temperature) for k, n in limited.items()}
+    rates = {k: float(n) ** (1 / temperature) for k, n in limited.items()}
+    # The last bit of a power is not the same on all machines; the order of a run is.
+    return {k: float(f"{rate:.12g}") for k, rate in rates.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +163,7 @@ def _block(phase: Phase, length: int, block: int, seeds: tuple[int, int]):
 
 
 KEYS = ("train", "heldout", "rate", "field", "documents", "bad_utf8")
+_AMONG = dict(documents=texts.DOCUMENTS, bad_utf8=texts.BAD_UTF8)
 
 
 def problems(data) -> Iterator[str]:
@@ -167,6 +172,9 @@ def problems(data) -> Iterator[str]:
     mixed, by_size = data.mixture, data.mixing == "proportional"
     unused = dict(mixing="rates", temperature=1.0, cap=0, rate_changes=())
     if not mixed:
+        for name in ("train", "heldout"):
+            if not getattr(data, name) and not data.tasks:
+                yield f"config.data.{name}='' names no text. Give a path, a glob or a URL."
         for name, default in unused.items():
             if (value := getattr(data, name)) != default:
                 yield f"config.data.{name}={value!r} is of a mixture: {at} is empty."
@@ -195,8 +203,8 @@ def problems(data) -> Iterator[str]:
 
 
 def _entry_problems(at: str, name: str, entry, data, by_size: bool) -> Iterator[str]:
-    if not re.fullmatch(r"[\w.-]+", name):
-        yield f"{at}: a source's name is letters, digits, '_', '-' and '.'."
+    if not re.fullmatch(r"[\w.-]+", str(name)) or type(name) is not str:
+        yield f"{at}: a source's name is a str of letters, digits, '_', '-' and '.'."
     if not isinstance(entry, Mapping):
         yield f"{at}={entry!r} must be a dict with keys {', '.join(KEYS)}."
         return
@@ -212,6 +220,8 @@ def _entry_problems(at: str, name: str, entry, data, by_size: bool) -> Iterator[
                 yield f"{at}.rate={value!r} must be a number of at least 0."
         elif not isinstance(value, str):
             yield f"{at}.{key}={value!r} must be of type str."
+        elif value not in (allowed := _AMONG.get(key, (value,))):
+            yield f"{at}.{key}={value!r} is not one of {', '.join(allowed)}."
     if name in data.tasks and {"train", "heldout"} & entry.keys():
         yield f"{at} is a task of config.data.tasks: it has its own texts. Leave them."
     if name not in data.tasks and not _get(entry, "train"):
@@ -221,7 +231,7 @@ def _entry_problems(at: str, name: str, entry, data, by_size: bool) -> Iterator[
 def _change_problems(changes, names: list[str]) -> Iterator[str]:
     for change in changes:
         at = f"config.data.rate_changes: {change!r}"
-        if not isinstance(change, tuple) or len(change) != 3:
+        if not _is_change(change):
             yield f"{at} must be (step, name, rate)."
             continue
         step, name, rate = change
@@ -231,17 +241,23 @@ def _change_problems(changes, names: list[str]) -> Iterator[str]:
             yield f"{at}: no such source. There are {', '.join(names)}."
         if not _is_rate(rate):
             yield f"{at}: the rate must be a number of at least 0."
+        if sum(other[:2] == change[:2] for other in changes if _is_change(other)) > 1:
+            yield f"{at}: a source has one rate at a step. Leave the others out."
 
 
 def _zero_problems(data, names: list[str]) -> Iterator[str]:
     now = {name: _get(data.mixture.get(name), "rate", 1.0) for name in names}
-    rows = [c for c in data.rate_changes if isinstance(c, tuple) and len(c) == 3]
+    rows = [c for c in data.rate_changes if _is_change(c)]
     if not all(map(_is_rate, [*now.values(), *[rate for *_, rate in rows]])):
         return  # has been said
     for step in [0, *sorted({c[0] for c in rows if type(c[0]) is int})]:
         now |= {name: rate for at, name, rate in rows if at == step}
         if not any(now.values()):
             yield f"config.data.mixture: from step {step} on all rates are 0."
+
+
+def _is_change(value) -> bool:
+    return isinstance(value, tuple) and len(value) == 3
 
 
 def _is_rate(value) -> bool:
