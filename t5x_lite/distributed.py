@@ -171,7 +171,8 @@ class Peers:
     def everyone(self, name: str, value) -> list:
         """Everybody's value (JSON) by rank, in every process."""
         found = self.gather(name, value)
-        return self.from_lead(f"{name}, all", lambda: found)
+        every: Any = self.from_lead(f"{name}, all", lambda: found)
+        return every
 
     def barrier(self, name: str):
         """Until all are here."""

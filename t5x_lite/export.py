@@ -66,8 +66,7 @@ def main(argv: list[str] | None = None):
         "--layers", choices=LAYOUTS, default="unrolled", help="an array a layer, or all"
     )
     parser.add_argument("--dtype", choices=[*DTYPES], default="float32", help="kept")
-    how = "add adapters to their weights, or write what was trained alone"
-    parser.add_argument("--lora", choices=("merged", "adapter"), help=how)
+    parser.add_argument("--lora", choices=("merged", "adapter"), help="see above")
     parser.add_argument("--verify", action="store_true", help="read back and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     flags = parser.parse_args(argv)

@@ -235,12 +235,9 @@ def before_stores(cfg: config.Config, workdir: pathlib.Path):
     """
     words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
     texts = [t for part in ("train", "heldout") for t in mixture.sources_of(cfg, part)]
-    waiting = [
-        file
-        for text in texts
-        if not stored(cfg, words, text)
-        for file in sources.files(text.spec, text.options)
-    ]
+    texts = [text for text in texts if not stored(cfg, words, text)]
+    mixture.look(texts)
+    waiting = [f for text in texts for f in sources.files(text.spec, text.options)]
     if sum(file.size for file in waiting) > LONG:
         space(cfg, workdir, dry.Step.of(cfg, None).state)
 

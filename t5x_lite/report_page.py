@@ -112,7 +112,9 @@ def curves(rows: Sequence[dict[str, Any]]) -> str:
         if name in ("loss", "unigram_loss") or name.startswith("heldout_loss"):
             style = dict(loss="-", unigram_loss="--").get(name, "o-")
             label = dict(loss="training", unigram_loss="unigram, held-out")
-            faint = dict(alpha=0.5, linewidth=0.8) if name == "loss" else {}
+            faint: dict[str, Any] = {}
+            if name == "loss":
+                faint = dict(alpha=0.5, linewidth=0.8)
             x, y = zip(*named[name], strict=True)
             axes.plot(x, y, style, label=label.get(name, name), **faint)
     axes.set(xlabel="step", ylabel="loss (nats)")

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None):
             "config.data names no text: its tasks are read as they are. Set data.train."
         )
     words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
+    mixture.look(texts)
     build = _build(flags.beam, beam_flags)
     rows: list[tuple[str, Statistics]] = []
     for text in texts:

@@ -417,7 +417,9 @@ def test_a_full_disk_is_a_clear_error_and_the_build_goes_on_later(corpus, tmp_pa
 
 def test_a_cache_dir_that_cannot_be_made(corpus):
     file = str(Path(corpus).parent / "c.txt")
-    with pytest.raises(OSError, match="cannot be written.*another cache_dir"):
+    with pytest.raises(
+        OSError, match="cannot be written: .*. Choose another config.data.cache_dir"
+    ):
         open_quietly(file, file)
 
 

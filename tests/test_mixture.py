@@ -1,5 +1,6 @@
 """Mixtures: whose turn it is, what the batches hold, and what is refused."""
 
+import decimal
 import types
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from t5x_lite import checkpoint, compatible, config, evaluate, run
+from t5x_lite import checkpoint, compatible, config, evaluate, run, tokenize
 from t5x_lite import vocab as vocabularies
 from t5x_lite.config import DataConfig
 from t5x_lite.data import mixture, pipeline, rates
@@ -95,6 +96,18 @@ def test_temperature_gives_the_published_shares_of_mt5():
     for language, (_, percent) in MT5.items():
         ours = found[language] / found["en"]
         assert ours == pytest.approx(percent / MT5["en"][1], rel=0.015)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1 / 0.3, 0.1])
+def test_proportional_rates_are_the_same_on_any_machine(temperature):
+    """Powers to 12 digits, as decimal arithmetic has them; C's pow differs in 17."""
+    rng = np.random.default_rng(0)
+    sizes = {str(i): int(n) for i, n in enumerate(rng.integers(1, 10**9, 50))}
+    found = rates.proportional(sizes, temperature)
+    power = decimal.Decimal(1 / temperature)
+    with decimal.localcontext(prec=40):
+        exact = {k: decimal.Decimal(n) ** power for k, n in sizes.items()}
+    assert found == {k: float(f"{value:.12g}") for k, value in exact.items()}
 
 
 def test_cap_limits_large_sources():
@@ -223,6 +236,22 @@ REFUSED = [
         data(rate_changes=((5, "a", 0), (9, "b", 0))),
         "from step 9 on all rates are 0",
     ),
+    (data(rate_changes=((5, "a", 1), (5, "a", 2))), "one rate at a step"),
+    (data(mixture={1: SOURCES["a"]}), "mixture.1: a source's name is letters"),
+    (
+        data(mixture={"a": SOURCES["a"] | dict(documents="line")}),
+        "a.documents='line' is not one of blank_lines, lines, files",
+    ),
+    (
+        data(mixture={"a": SOURCES["a"] | dict(bad_utf8="drop")}),
+        "a.bad_utf8='drop' is not one of error, replace, skip",
+    ),
+    (dict(train=""), "config.data.train='' names no text"),
+    (dict(heldout=""), "config.data.heldout='' names no text"),
+    (
+        data(mixture=BY_SIZE, mixing="proportional", temperature=0.05),
+        "temperature=0.05 must be at least 0.1",
+    ),
     (data(temperature=2.0), "temperature=2.0 needs config.data.mixing='proportional'"),
     (data(mixing="proportional"), "a.rate=2.0 needs config.data.mixing='rates'"),
     (
@@ -236,6 +265,34 @@ REFUSED = [
 def test_configs_are_refused_before_any_text_is_read(changes, message):
     with pytest.raises(config.ConfigError, match=message):
         tiny_config(data=changes)
+
+
+WRONG = {
+    "nowhere.jsonl": (FileNotFoundError, "train: source .*nowhere.jsonl': no such"),
+    "typo.jsonl": (ValueError, 'train: source .*line 1: no field "text".*body'),
+    "cut.jsonl": (ValueError, "train: source .*line 1: not JSON"),
+    "full.jsonl.d": (ValueError, "train: source .*unknown kind of file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_text_is_named_before_any_is_tokenised(name, tmp_path):
+    (tmp_path / "good.jsonl").write_text('{"text": "abc"}\n' * 9)
+    (tmp_path / "typo.jsonl").write_text('{"body": "abc"}\n')
+    (tmp_path / "cut.jsonl").write_text('{"text": "abc"\n')
+    (tmp_path / "full.jsonl.d").write_text('{"text": "abc"}\n')
+    good, wrong = str(tmp_path / "good.jsonl"), str(tmp_path / name)
+    texts = {"a": dict(train=good, heldout=good), "b": dict(train=wrong)}
+    argv = [
+        f"--config={ROOT / 'configs/demo.py'}",
+        "--config.data.vocab=bytes",
+        f"--config.data.cache_dir={tmp_path / 'stores'}",
+        f"--config.data.mixture={texts}",
+    ]
+    kind, message = WRONG[name]
+    with pytest.raises(kind, match=rf"^config\.data\.mixture\.b\.{message}"):
+        tokenize.main(argv)
+    assert not (tmp_path / "stores").exists()
 
 
 def test_what_a_config_mixes():

@@ -14,13 +14,15 @@ the general text has not, the task to tell speech from narration in another one
 predictor 6.2349; so this stage has hardly begun to read context, and what follows only
 shows that the stages work together, see labelled.py."""
 
+from typing import Any
+
 from configs import base
 
 RUNS = {"": "runs/stages", "smoke": "runs/stages-smoke", "study": "runs/stages-study"}
 
 
 def get_config(arg=""):
-    c = base.get_config()
+    c: Any = base.get_config()
     base.set_objective(c, "masked_lm")
     c.model.update(
         dict(
@@ -54,7 +56,7 @@ def get_config(arg=""):
     return base.scaled(c, arg)
 
 
-def follow(c, stage: str, arg: str):
+def follow(c: Any, stage: str, arg: str) -> Any:
     """Starts from the workdir of another stage, with its model."""
     c.init_from = f"{RUNS[arg]}/{stage}"
     return c

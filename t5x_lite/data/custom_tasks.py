@@ -1,6 +1,7 @@
 """Tasks by name: those of the table, and those that a config describes."""
 
 import re
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,14 +41,19 @@ _KEYS = dict(
     prefix="",
     prompt="",
 )
-# The heads that such a task may have ("" = text only) -> its metrics.
+_CLASSES = ("accuracy", "f1", "macro_f1", "matthews", "ece")
+# The heads that such a task may have ("" = text only) -> its metrics, the first of them
+# if the row names none.
 _HEADS = {
-    "class": ("accuracy",),
-    "similarity": ("accuracy",),
+    "class": _CLASSES,
+    "similarity": _CLASSES,
     "regression": ("pearson", "spearman"),
     "tags": ("tag_accuracy",),
-    "": ("exact_match",),
+    "": ("exact_match", "bleu", "chrf", "rouge", "squad_em", "squad_f1"),
 }
+_SEVERAL = ("inputs", "classes", "metrics")
+# Names of fields that readers and texts give a meaning.
+_TAKEN = ("label", "value", "words", "tags", "answers", "entities", "place", "group")
 
 
 def _custom(name: str, row: Mapping[str, Any]) -> Task:
@@ -60,6 +66,12 @@ def _custom(name: str, row: Mapping[str, Any]) -> Task:
                 f"{', '.join(_KEYS)}."
             )
     found: dict[str, Any] = _KEYS | dict(row)
+    for key in _SEVERAL:
+        if isinstance(found[key], str):  # ('a') is no tuple
+            raise ValueError(
+                f"{where}: {key}={found[key]!r} is one string; write it as "
+                f"({found[key]!r},)."
+            )
     head, prefix = found["head"], found["prefix"] or name
     inputs, classes = tuple(found["inputs"]), tuple(map(str, found["classes"]))
     kind = re.search(r"\.(tsv|csv|jsonl)(\.\w+)?$", found["train"])
@@ -73,8 +85,29 @@ def _custom(name: str, row: Mapping[str, Any]) -> Task:
             f"{where}: inputs={inputs}, head={head!r}; needed are the names of one or "
             f"more fields, and a head of {', '.join(map(repr, _HEADS))}."
         )
-    if head in ("class", "similarity", "tags") and len(classes) < 2:
-        raise ValueError(f"{where}: head {head!r} needs its classes, two or more.")
+    several = head in ("class", "similarity", "tags")
+    if several != bool(classes) or (several and len(set(classes)) < 2):
+        raise ValueError(
+            f"{where}: classes={classes} with head {head!r}, which has "
+            f"{'two or more' if several else 'none'}."
+        )
+    if taken := [name for name in inputs if name in _TAKEN and head != "tags"]:
+        raise ValueError(
+            f"{where}: inputs={inputs}; {', '.join(_TAKEN)} have a meaning here. Give "
+            f"the file's column {taken[0]!r} another name."
+        )
+    allowed = [m for m in _HEADS[head] if m != "f1" or len(classes) == 2]
+    if wrong := [name for name in found["metrics"] if name not in allowed]:
+        raise ValueError(
+            f"{where}: metrics={tuple(found['metrics'])}: {wrong[0]!r} is none of head "
+            f"{head!r} with {len(classes)} classes. Allowed: {', '.join(allowed)}."
+        )
+    asked = [field for _, field, _, _ in string.Formatter().parse(found["prompt"])]
+    if unknown := [f for f in asked if f is not None and f not in inputs]:
+        raise ValueError(
+            f"{where}: prompt={found['prompt']!r} has a field {{{unknown[0]}}}; "
+            f"allowed are {', '.join(f'{{{name}}}' for name in inputs)}."
+        )
     fields, text = dict(zip(inputs, inputs, strict=True)), None
     labels = dict(zip(classes, classes, strict=True))
     if head == "tags":
@@ -86,10 +119,11 @@ def _custom(name: str, row: Mapping[str, Any]) -> Task:
         fields["label"] = found["label"]
     files = found["train"], found["dev"], found["test"]
     return Task(
-        Source(kind[1], *files, fields, labels=labels),
+        # By what is read: one text with two labels is not in two splits.
+        Source(kind[1], *files, fields, labels=labels, unit=inputs),
         prefix,
         inputs,
-        metrics=tuple(found["metrics"]) or _HEADS[head],
+        metrics=tuple(found["metrics"]) or _HEADS[head][:1],
         heads=(head,) if head else (),
         parts=inputs[:2],
         classes=classes,

@@ -263,16 +263,17 @@ def _named(text: Source) -> Iterator[None]:
 
 
 def open_text(cfg: Config, words: Vocab, text: Source, **more) -> store.TokenStore:
-    """The tokens of a text; `more`: see `store.open_store`."""
-    return store.open_store(
-        text.spec,
-        words,
-        cfg.data.cache_dir,
-        options=text.options,
-        deduplicate=cfg.data.deduplicate,
-        processes=cfg.data.build_processes,
-        **more,
-    )
+    """The tokens of a text; `more` and errors: see `store.open_store`."""
+    with _named(text):
+        return store.open_store(
+            text.spec,
+            words,
+            cfg.data.cache_dir,
+            options=text.options,
+            deduplicate=cfg.data.deduplicate,
+            processes=cfg.data.build_processes,
+            **more,
+        )
 
 
 def _text(

@@ -174,7 +174,7 @@ def problems(data) -> Iterator[str]:
     if not mixed:
         for name in ("train", "heldout"):
             if not getattr(data, name) and not data.tasks:
-                yield f"config.data.{name}='' names no text. Give a path, a glob or a URL."
+                yield f"config.data.{name}='' names no text. Give a path or a URL."
         for name, default in unused.items():
             if (value := getattr(data, name)) != default:
                 yield f"config.data.{name}={value!r} is of a mixture: {at} is empty."
@@ -204,7 +204,7 @@ def problems(data) -> Iterator[str]:
 
 def _entry_problems(at: str, name: str, entry, data, by_size: bool) -> Iterator[str]:
     if not re.fullmatch(r"[\w.-]+", str(name)) or type(name) is not str:
-        yield f"{at}: a source's name is a str of letters, digits, '_', '-' and '.'."
+        yield f"{at}: a source's name is letters, digits, '_', '-' and '.', in quotes."
     if not isinstance(entry, Mapping):
         yield f"{at}={entry!r} must be a dict with keys {', '.join(KEYS)}."
         return

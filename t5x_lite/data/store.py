@@ -25,6 +25,7 @@ that damage is found and named. All of it is read again only when a file has cha
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -302,9 +303,11 @@ def _clear_os_errors(cache: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or not _is_below(error.filename, cache):
             raise  # has its message already, or is about the source
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way = "Free some space (2 to 4 bytes a token) or choose" if full else "Choose"
         raise OSError(
             error.errno,
             f"token store in cache_dir={str(cache)!r} cannot be written: "
-            f"{error.strerror}. Free some space (2 to 4 bytes a token) or choose "
-            "another cache_dir; the next start goes on from what was written",
+            f"{error.strerror}. {way} another config.data.cache_dir; the next start "
+            "goes on from what was written",
         ) from error

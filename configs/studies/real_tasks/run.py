@@ -1,10 +1,11 @@
 """Runs the study, or goes on with it: every stage of every task, seed after seed.
 
     python -m configs.studies.real_tasks.prepare --data=DATA --output=ROOT/text
-    python -m configs.studies.real_tasks.run --data=DATA --root=ROOT [--only=decoder]
+    python -m configs.studies.real_tasks.run --data=DATA --root=ROOT [--seeds=0]
 
 Results go to ROOT/results.jsonl, a line for each fine-tuned run; what stands there is
-not run again. Several of these commands may run at once with different --only.
+not run again. Several of these commands may run at once with different --structures,
+--tasks or --seeds.
 """
 
 import argparse
@@ -27,19 +28,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--root", type=pathlib.Path, required=True)
-    parser.add_argument("--only", default="", help="structure or task")
+    parser.add_argument("--structures", default=",".join(stages.STRUCTURES))
+    parser.add_argument("--tasks", default=",".join(stages.TASKS))
     parser.add_argument("--seeds", default="0,1,2")
     flags = parser.parse_args()
     root = flags.root.absolute()
     cells = [
         (seed, name, structure, start)
         for seed in map(int, flags.seeds.split(","))
-        for name, task in stages.TASKS.items()
-        for structure in stages.STRUCTURES
+        for name in flags.tasks.split(",")
+        for structure in flags.structures.split(",")
         for start in stages.STARTS
-        if (task.head or structure != "encoder")
-        and (start != "domain" or task.domain)
-        and (not flags.only or flags.only in (structure, name))
+        if (stages.TASKS[name].head or structure != "encoder")
+        and (start != "domain" or stages.TASKS[name].domain)
     ]
     for cell in tqdm(cells, unit="run"):
         if cell not in done(root):
