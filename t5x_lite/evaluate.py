@@ -84,6 +84,9 @@ def evaluate(argv: list[str] | None = None) -> list[dict]:
     flags = parser.parse_args(argv)
     if flags.checkpoints and flags.step >= 0:
         raise ValueError("--step and --checkpoints: give one of them.")
+    for name, low in (("limit", 0), ("max_length", 0), ("beams", 1)):
+        if getattr(flags, name) < low:
+            raise ValueError(f"--{name}={getattr(flags, name)} must be at least {low}.")
     prompting.Shots(flags.shots, flags.seed, flags.norm)
     if flags.ancestor:
         from t5x_lite import stages  # which evaluates, too

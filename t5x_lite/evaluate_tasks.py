@@ -1,5 +1,6 @@
 """Labelled tasks with a trained model: its answers, and what they are worth."""
 
+import copy
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from t5x_lite import generate, heads, run, task_metrics
+from t5x_lite import generate, heads, run, sharding, step, task_metrics
 from t5x_lite.data import task_texts, tasks
 from t5x_lite.data.batches import AnyBatches
 from t5x_lite.data.head_rows import Row
@@ -70,6 +71,24 @@ def of_head(
             parts.setdefault(name, []).append(np.asarray(values))
     said = {name: np.concatenate(values) for name, values in parts.items()}
     return answers_of(setup.cfg.model, made, said)
+
+
+def of_few(setup: run.Setup, params: dict, made: HeadExamples, count: int) -> Answers:
+    """The answers to `count` examples from everywhere, on one device."""
+    chosen = {
+        old: new for new, old in enumerate(spread(range(len(made.records)), count))
+    }
+    few = copy.copy(made)
+    few.records = [made.records[old] for old in chosen]
+    few.rows = [
+        dataclasses.replace(row, record=chosen[row.record])
+        for row in made.rows
+        if row.record in chosen
+    ]
+    predict = jax.jit(step.make_predict_step(setup.model, setup.cfg))
+    with sharding.unconstrained():
+        said = predict(params, few.streams(np.arange(len(few.rows))))
+    return answers_of(setup.cfg.model, few, jax.tree.map(np.asarray, said))
 
 
 def answers_of(model, made: HeadExamples, said: dict[str, np.ndarray]) -> Answers:

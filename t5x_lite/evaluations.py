@@ -89,6 +89,11 @@ def of_tasks(setup: run.Setup, asked: Asked) -> list[Job]:
         ValueError: a task that this run cannot do.
     """
     cfg, names = setup.cfg, asked.tasks or setup.cfg.data.tasks
+    if cfg.data.tasks and (asked.shots or asked.norm != "sum"):
+        raise ValueError(
+            f"--shots={asked.shots}, --norm={asked.norm}: this run was trained on "
+            f"{', '.join(cfg.data.tasks)} and is not asked by prompts. Leave them out."
+        )
     jobs = []
     for name in names:
         custom_tasks.find(name, cfg.data.custom_tasks)
@@ -191,7 +196,8 @@ def of_pairs(folder: str, limit: int) -> Job:
         metrics, rows = prompting.minimal_pairs(*given, progress=True)
         return metrics | {"examples": len(rows)}, rows
 
-    return Job("blimp", {"task": "blimp", "limit": limit}, compute)
+    about = {"task": "blimp", "folder": str(folder), "limit": limit}
+    return Job("blimp", about, compute)
 
 
 def bits_per_byte(setup: run.Setup, found: dict[str, float]) -> dict[str, float]:

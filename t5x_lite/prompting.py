@@ -76,11 +76,13 @@ def few_shot(
     """k examples with answers, then the prompt; blank lines between them.
 
     Args:
-        examples: what is drawn of, by (seed, nth).
+        examples: what is drawn of, by (seed, nth); the record itself is left out.
     """
     rng = np.random.default_rng((shots.seed, nth))
     shown = []
-    for i in rng.permutation(len(examples))[: shots.count]:
+    drawn = rng.permutation(len(examples))[: shots.count + 1]
+    others = [i for i in drawn if examples[i] != record]
+    for i in others[: shots.count]:
         answer = options(task, examples[i])[task.classes.index(examples[i]["label"])]
         shown.append(f"{prompt(task, examples[i])} {answer}")
     return "\n\n".join([*shown, prompt(task, record)])

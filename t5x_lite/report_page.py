@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from t5x_lite import checkpoint, metrics, probe, run, samples, webpage
+from t5x_lite import checkpoint, heads, metrics, probe, run, samples, webpage
 from t5x_lite.model import trained_stream
 
 PAGE = string.Template("""<!DOCTYPE html>
@@ -27,6 +27,7 @@ $style
 .read { color: #555; }
 mark { color: #000; border-radius: 3px; padding: 0 1px; }
 rt { color: #a33; font-size: 0.65em; }
+.written { white-space: pre-wrap; }
 .scale span { padding: 0 0.6rem; }
 </style>
 <h1>$title</h1>
@@ -79,7 +80,8 @@ def probed(workdir: pathlib.Path, step: int, text: str, count: int):
         setup = run.Setup.of(run.alone(cfg), jax.devices()[:1])
     except (OSError, ValueError) as e:
         return f"No examples, the data are not here: {e}", []
-    batch = probe.rows_of(next(iter(setup.heldouts.values()))[0], count)
+    whole = next(iter(setup.heldouts.values()))[0]
+    batch = probe.rows_of(whole, count * heads.rows(cfg.model))
     words, sections = setup.vocab, []
     stream = batch[trained_stream(cfg.model)]
     if stream["weights"].any():
@@ -87,7 +89,7 @@ def probed(workdir: pathlib.Path, step: int, text: str, count: int):
         sections.append(("examples", "Examples", examples(found)))
     written = "\n".join(samples.samples(setup, params, count))
     if written:
-        body = f"<pre>{html.escape(written)}</pre>"
+        body = f'<pre class="written">{html.escape(written)}</pre>'
         sections.append(("samples", "What the model writes", body))
     one = probe.of_text(text, cfg.model, words) if text else probe.beginning(batch)
     maps = probe.attention_maps(net, params, one)

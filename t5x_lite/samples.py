@@ -35,7 +35,8 @@ def print_samples(setup: run.Setup, params, count: int = 4):
     """Prints what the model makes of a few held-out examples, and the truth.
 
     Sentences with gaps or without their end, if the model learned to complete these;
-    else places that it predicts in the text. Nothing for other text-to-text tasks.
+    answers to labelled tasks; else places that it predicts in the text. Nothing for
+    other text-to-text objectives.
     """
     try:
         lines = samples(setup, params, count)
@@ -82,20 +83,35 @@ def samples(setup: run.Setup, params, count: int) -> list[str]:
 
 
 def _answers(setup: run.Setup, params, count: int) -> list[str]:
-    """What a text-to-text model answers to the first held-out examples."""
+    """What a model of labelled tasks answers to a few held-out examples."""
     batches = setup.heldout_batches
-    if not isinstance(batches, TaskBatches) or isinstance(batches.made, HeadExamples):
-        return []
-    task = custom_tasks.find(batches.made.records[0][0], setup.cfg.data.custom_tasks)
-    given = setup.model, params, setup.vocab, batches.made, task
-    longest = Settings(max_length=setup.cfg.data.targets_length)
+    if not isinstance(batches, TaskBatches):
+        return []  # a mixture's first member is text
+    made = batches.made
+    if isinstance(made, HeadExamples):
+        found = evaluate_tasks.of_few(setup, params, made, count)
+    else:
+        task = custom_tasks.find(made.records[0][0], setup.cfg.data.custom_tasks)
+        given = setup.model, params, setup.vocab, made, task
+        longest = Settings(max_length=setup.cfg.data.targets_length)
+        found = evaluate_tasks.of_text(*given, longest, limit=count)
+    rows = [dict(row) for row in found.texts]
+    if found.probabilities is not None:
+        for row, shares_K in zip(rows, found.probabilities, strict=True):
+            row["probability"] = float(shares_K.max())
     lines = ["held-out examples, what the model answered:"]
-    for row in evaluate_tasks.of_text(*given, longest, limit=count).texts:
-        for name, text in row.items():
-            short = " ".join(text.split())
-            lines.append(f"  {name:10} {short[:WIDTH]}{' …' * (len(short) > WIDTH)}")
+    for row in rows:
+        for name, value in row.items():
+            short = " ".join(_said(value).split())
+            lines.append(f"  {name:11} {short[:WIDTH]}{' …' * (len(short) > WIDTH)}")
         lines.append("")
     return lines
+
+
+def _said(value) -> str:
+    if isinstance(value, list):
+        return " ".join(value)
+    return f"{value:.3f}" if isinstance(value, float) else value
 
 
 def in_place(setup: run.Setup, params, count: int) -> list[str]:

@@ -204,6 +204,10 @@ def test_shots_are_drawn_by_seed_and_number():
         assert text == f"Review: film {number}\nSentiment: " + (
             "positive" if number % 2 else "negative"
         )
+    # A question is not among its own examples with answers.
+    shots = prompting.Shots(19)
+    own = prompting.few_shot(task, examples, examples[7], shots, 0)
+    assert own.count("film 7\n") == 1 and own.count("Sentiment:") == 20
     with pytest.raises(ValueError, match="norm='mean'"):
         prompting.Shots(norm="mean")
 
@@ -447,6 +451,10 @@ def test_the_command_evaluates_all_checkpoints_once(tmp_path, monkeypatch, capsy
     assert evaluate.evaluate([*flags, "--checkpoints=all"]) == first
     assert evaluate.evaluate([*flags, "--checkpoints=best"]) == first[:1]
     assert evaluate.evaluate(flags) == first[1:]
+    with pytest.raises(ValueError, match="--shots=2, .* is not asked by prompts"):
+        evaluate.evaluate([*flags, "--shots=2"])
+    with pytest.raises(ValueError, match="--limit=-1 must be at least 0"):
+        evaluate.evaluate([*flags, "--limit=-1"])
     for more in (["--again"], ["--split=train"]):
         with pytest.raises(AssertionError, match="computed again"):
             evaluate.evaluate([*flags, *more])
@@ -473,3 +481,6 @@ def test_held_out_metrics_of_a_head_are_those_of_its_task(tmp_path):
     assert found["heldout_accuracy"] == pytest.approx(right.mean())
     assert found["heldout_examples"] == len(right) == len(batches.made.records)
     assert found["heldout_f1"] == answers.metrics(batches.made.task)["f1"]
+    few = evaluate_tasks.of_few(setup, params, batches.made, 2)
+    half = len(right) // 2
+    assert few.texts == [answers.texts[0], answers.texts[half]]

@@ -303,7 +303,7 @@ def _clear_os_errors(cache: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or not _is_below(error.filename, cache):
             raise  # has its message already, or is about the source
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         way = "Free some space (2 to 4 bytes a token) or choose" if full else "Choose"
         raise OSError(
             error.errno,

@@ -51,7 +51,7 @@ def batches(name: str, folder: pathlib.Path, **changes) -> AnyBatches:
     rows = [f"{text}\t{text[:9].upper()}" for text in _words(300, seed=2)]
     (folder / "upper.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
     raw: Any = config.defaults()
-    task = dict(train="upper.tsv", inputs=("text",), head="", metrics=("accuracy",))
+    task = dict(train="upper.tsv", inputs=("text",), head="", metrics=("exact_match",))
     data = TEXT | dict(
         inputs_length=64,
         targets_length=24,
