@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite import evaluate_tasks, prompting, run
+from t5x_lite import evaluate_tasks, prompting, run, task_metrics
 from t5x_lite.data import custom_tasks, task_batches, task_readers
 from t5x_lite.settings import Settings
 from t5x_lite.workdir import replace
@@ -96,7 +96,8 @@ def of_tasks(setup: run.Setup, asked: Asked) -> list[Job]:
         )
     jobs = []
     for name in names:
-        custom_tasks.find(name, cfg.data.custom_tasks)
+        task = custom_tasks.find(name, cfg.data.custom_tasks)
+        task_metrics.check(task.metrics)  # before hours of writing
         if not cfg.data.tasks:
             how = dict(shots=asked.shots, norm=asked.norm, limit=asked.limit)
             if asked.shots:

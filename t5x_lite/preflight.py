@@ -32,6 +32,7 @@ from t5x_lite import (
     run,
     sharding,
     state,
+    stopping,
     vocab,
 )
 from t5x_lite.data import mixture, sources, store
@@ -151,6 +152,7 @@ class _Checks:
         return f"{len(texts)} complete stores, {tokens:,} tokens"
 
     def _model(self) -> str:
+        stopping.check(self.cfg)
         if self.complete:
             self.setup = run.Setup.of(self.cfg)
             mesh = self.setup.mesh
@@ -233,6 +235,7 @@ def before_stores(cfg: config.Config, workdir: pathlib.Path):
     Raises:
       ValueError, KeyError, OSError: as `run.Setup.of` and `check_space` do.
     """
+    stopping.check(cfg)
     words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
     texts = [t for part in ("train", "heldout") for t in mixture.sources_of(cfg, part)]
     texts = [text for text in texts if not stored(cfg, words, text)]

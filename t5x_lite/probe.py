@@ -147,7 +147,11 @@ def attention_maps(net, params: dict, batch: dict) -> dict[str, np.ndarray]:
         mock.patch.dict(attention.KERNELS, einsum=watched),
         jax.disable_jit(),
     ):
-        model.bind(model.build(cfg), cast).outputs(one)
+        bound: Any = model.bind(model.build(cfg), cast)
+        if cfg.generator_width:  # ELECTRA: the discriminator, which is used afterwards
+            bound.scores(one["main"], one["main"]["tokens"])
+        else:
+            bound.outputs(one)
     if cfg.structure != "encoder_decoder":
         return {"self-attention": np.stack(seen)}
     L = cfg.encoder_layers

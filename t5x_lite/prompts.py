@@ -57,7 +57,12 @@ def task_of(cfg: Config) -> Task:
     """
     knobs = dict(cfg.objective)
     name, structure = knobs.pop("name"), cfg.model.structure
-    if cfg.data.tasks and not cfg.model.head:
+    if cfg.model.head:
+        raise ValueError(
+            f"this run answers with a head (config.model.head={cfg.model.head!r}) and "
+            "neither fills nor writes text. Ask it by `python -m t5x_lite.evaluate`."
+        )
+    if cfg.data.tasks:
         return Task("continue")  # labelled tasks as text: inputs, EOS, targets
     if structure == "encoder":
         if knobs.get("similar"):

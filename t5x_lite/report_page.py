@@ -4,7 +4,7 @@ import html
 import json
 import pathlib
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -85,17 +85,32 @@ def probed(workdir: pathlib.Path, step: int, text: str, count: int):
     words, sections = setup.vocab, []
     stream = batch[trained_stream(cfg.model)]
     if stream["weights"].any():
-        found = probe.predictions(net, params, batch, words)
-        sections.append(("examples", "Examples", examples(found)))
-    written = "\n".join(samples.samples(setup, params, count))
-    if written:
-        body = f'<pre class="written">{html.escape(written)}</pre>'
-        sections.append(("samples", "What the model writes", body))
+        body = _or_why(lambda: examples(probe.predictions(net, params, batch, words)))
+        sections.append(("examples", "Examples", body))
+    body = _or_why(lambda: _written(samples.samples(setup, params, count)))
+    sections.append(("samples", "What the model writes", body))
     one = probe.of_text(text, cfg.model, words) if text else probe.beginning(batch)
-    maps = probe.attention_maps(net, params, one)
-    names = probe.names(one, maps, words)
-    sections.append(("attention", "Attention", attention(maps, names)))
+
+    def maps() -> str:
+        found = probe.attention_maps(net, params, one)
+        return attention(found, probe.names(one, found, words))
+
+    sections.append(("attention", "Attention", _or_why(maps)))
     return f"Examples and attention are of the checkpoint of step {at}.", sections
+
+
+def _or_why(make: Callable[[], str]) -> str:
+    """The HTML of a part, or why it cannot be shown: the rest of the page stands."""
+    try:
+        return make()
+    except Exception as e:
+        why = html.escape(f"{type(e).__name__}: {e}")
+        return f'<p class="note">Cannot be shown of this model: {why}</p>'
+
+
+def _written(lines: list[str]) -> str:
+    text = html.escape("\n".join(lines))
+    return f'<pre class="written">{text}</pre>' if lines else ""
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> str:

@@ -292,9 +292,9 @@ def check_fit(cfg: config_lib.Config, batches: AnyBatches):
     types = int(stream["types"].max()) + 1 if "types" in stream else 0
     if model.types and types > model.types:
         raise ValueError(
-            f"config.model.types={model.types}, but config.objective "
-            f"{dict(cfg.objective)} makes {types} sentence types. Set it to {types}, "
-            "or to 0 to ignore them."
+            f"config.model.types={model.types}, but "
+            f"{', '.join(cfg.data.tasks) or name} makes {types} sentence types. "
+            f"Set config.model.types to {types}, or to 0 to ignore them."
         )
     if cfg.data.train_inputs and model.structure != "decoder":
         raise ValueError(

@@ -5,6 +5,7 @@ SQuAD's two are in percent, as they are published; all others are fractions.
 """
 
 import collections
+import importlib.util
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -30,9 +31,7 @@ def compute(
         ValueError: an unknown name, or lists of different lengths.
         ModuleNotFoundError: naming the extra to install.
     """
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise ValueError(f"metric {unknown[0]!r} is unknown: {', '.join(METRICS)}.")
+    check(names)
     if len(targets) != len(predictions) or not len(targets):
         raise ValueError(
             f"{len(targets)} targets and {len(predictions)} predictions: as many of "
@@ -42,13 +41,25 @@ def compute(
     for name in names:
         if name == "ece" and given.get("probabilities") is None:
             continue
-        try:
-            found |= METRICS[name](targets, predictions, **given)
-        except ModuleNotFoundError as e:
-            raise ModuleNotFoundError(
-                f"metric {name!r} needs {e.name!r}: pip install 't5x-lite[tasks]'."
-            ) from e
+        found |= METRICS[name](targets, predictions, **given)
     return {name: float(value) for name, value in found.items()}
+
+
+def check(names: Sequence[str]):
+    """Refuses metrics that cannot be computed here.
+
+    Raises:
+        ValueError: an unknown name.
+        ModuleNotFoundError: naming the extra to install.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metric {name!r} is unknown: {', '.join(METRICS)}.")
+        package = _PACKAGES.get(name)
+        if package and not importlib.util.find_spec(package):
+            raise ModuleNotFoundError(
+                f"metric {name!r} needs {package!r}: pip install 't5x-lite[tasks]'."
+            )
 
 
 def accuracy(targets, predictions, **_):
@@ -227,4 +238,11 @@ METRICS: dict[str, Callable[..., dict[str, float]]] = {
     "exact_match": exact_match,
     "squad_em": squad_em,
     "squad_f1": squad_f1,
+}
+_SKLEARN = ("accuracy", "f1", "macro_f1", "matthews", "tag_accuracy")
+_PACKAGES = {  # that a metric imports
+    **dict.fromkeys(_SKLEARN, "sklearn"),
+    **dict.fromkeys(("pearson", "spearman"), "scipy"),
+    **dict.fromkeys(("bleu", "chrf"), "sacrebleu"),
+    "rouge": "rouge_score",
 }

@@ -38,6 +38,7 @@ PHASES = ("start-up", "compile", "step", "evaluation", "save", "deletion")
 # jax gives up on a lost process after distributed.HEARTBEAT_SECONDS = 60.
 ENDS_WITHIN = 150.0
 STARTS_WITHIN = 300.0
+PEERS_WITHIN = 60
 # How often each is drawn; (signal, victims).
 BLOWS = {
     (signal.SIGKILL, "both"): 5,
@@ -147,6 +148,8 @@ def flags(workdir, shared, steps: int) -> list[str]:
         "--config.model.dropout=0.1",
         "--config.optim.schedule=constant",
         "--config.slow_step=0",
+        # One that was struck in its start-up leaves the other to wait for so long.
+        f"--config.peers_timeout={PEERS_WITHIN}",
     ]
 
 

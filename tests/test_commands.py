@@ -21,6 +21,7 @@ from t5x_lite import (
     samples,
     vocab,
 )
+from tests.tiny import tiny_config
 
 
 @functools.cache
@@ -82,6 +83,12 @@ def test_encoders_fill_gaps_in_place(name, command):
     logits_BKV = bound.logits(bound.outputs(batch).cells_BKE)
     best = words.ordinary[np.asarray(logits_BKV)[0][:, words.ordinary].argmax(-1)]
     np.testing.assert_array_equal(np.asarray(found)[0, :6], best[:6])
+
+
+def test_a_model_with_a_head_is_not_asked_for_text():
+    cfg = tiny_config(model=dict(structure="encoder", head="class", classes=2))
+    with pytest.raises(ValueError, match="head='class'.*t5x_lite.evaluate"):
+        prompts.task_of(cfg)
 
 
 def test_masks_of_unilm_v2_are_seen_as_in_training():

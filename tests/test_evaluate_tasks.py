@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 from unittest import mock
 
 import jax
@@ -25,6 +26,7 @@ from t5x_lite import (
     sharding,
     state,
     step,
+    stopping,
     vocab,
 )
 from t5x_lite.data import head_rows, task_batches, tasks
@@ -458,6 +460,9 @@ def test_the_command_evaluates_all_checkpoints_once(tmp_path, monkeypatch, capsy
     for more in (["--again"], ["--split=train"]):
         with pytest.raises(AssertionError, match="computed again"):
             evaluate.evaluate([*flags, *more])
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ModuleNotFoundError, match="needs 'sklearn': pip install"):
+        evaluate.evaluate([*flags, "--again"])  # before it is computed
 
 
 def test_held_out_metrics_of_a_head_are_those_of_its_task(tmp_path):
@@ -481,6 +486,7 @@ def test_held_out_metrics_of_a_head_are_those_of_its_task(tmp_path):
     assert found["heldout_accuracy"] == pytest.approx(right.mean())
     assert found["heldout_examples"] == len(right) == len(batches.made.records)
     assert found["heldout_f1"] == answers.metrics(batches.made.task)["f1"]
+    assert found.keys() - {"heldout_examples"} == set(stopping.names(cfg))
     few = evaluate_tasks.of_few(setup, params, batches.made, 2)
     half = len(right) // 2
     assert few.texts == [answers.texts[0], answers.texts[half]]

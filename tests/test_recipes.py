@@ -264,6 +264,25 @@ def write_scores(workdir, scores, name="heldout_loss"):
     (workdir / "metrics.jsonl").write_text("\n".join(rows) + "\n")
 
 
+def test_a_metric_that_no_evaluation_writes_is_refused_at_once():
+    def of(metric: str, **sections):
+        checkpoint = dict(metric=metric)
+        return tiny.tiny_config(checkpoint=checkpoint, **sections)
+
+    stopping.check(of("heldout_perplexity"))
+    with pytest.raises(ValueError, match="did you mean 'heldout_accuracy'.*Allowed: "):
+        stopping.check(of("heldout_acuracy"))
+    head = dict(
+        model=dict(structure="encoder", head="class", classes=2),
+        data=dict(tasks=("mrpc",), task_format="head"),
+    )
+    stopping.check(of("heldout_f1", **head))
+    with pytest.raises(ValueError, match="'heldout_f1'.* config.eval_batches=0"):
+        stopping.check(of("heldout_f1", eval_batches=2, **head))
+    with pytest.raises(ValueError, match="Allowed: heldout_loss"):
+        stopping.check(of("heldout_perplexity", **head))
+
+
 def test_patience_counts_evaluations_since_the_best(tmp_path):
     scores = [0.5, 0.7, 0.6, 0.7, 0.65]  # the best is that of step 20
     write_scores(tmp_path, scores, "heldout_accuracy")

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import cli, model, parameters, probe, report, step, train
+from t5x_lite import cli, model, parameters, probe, report, report_page, step, train
 from t5x_lite import config as config_lib
 from t5x_lite.visibility import Cells, visible
+from tests.test_commands import untrained
 from tests.test_structures import WORDS, built, streams
 from tests.tiny import tiny_config
 
@@ -93,6 +94,21 @@ def test_attention_maps_of_an_encoder_decoder():
     names = probe.names(batch, maps, WORDS)
     assert "".join(names["encoder"][0]).startswith("a")
     assert len(names["decoder to encoder"][1]) == T
+
+
+def test_attention_maps_of_electra_are_its_discriminators():
+    cfg, net, params, words = untrained("electra")
+    batch = probe.of_text("a text to look at", cfg.model, words)
+    (weights_LNTS,) = probe.attention_maps(net, params, batch).values()
+    T = batch["main"]["tokens"].shape[1]
+    assert weights_LNTS.shape == (cfg.model.depth, cfg.model.heads, T, T)
+
+
+def test_a_part_that_cannot_be_shown_is_told():
+    def fails():
+        raise KeyError("<places>")
+
+    assert "KeyError: &#x27;&lt;places&gt;" in report_page._or_why(fails)
 
 
 class Page(html.parser.HTMLParser):
