@@ -5,7 +5,7 @@
 
 Results go to ROOT/results.jsonl, a line for each fine-tuned run; what stands there is
 not run again. Several of these commands may run at once with different --structures,
---tasks or --seeds.
+--tasks, --starts or --seeds.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def main():
     parser.add_argument("--root", type=pathlib.Path, required=True)
     parser.add_argument("--structures", default=",".join(stages.STRUCTURES))
     parser.add_argument("--tasks", default=",".join(stages.TASKS))
+    parser.add_argument("--starts", default=",".join(stages.STARTS))
     parser.add_argument("--seeds", default="0,1,2")
     flags = parser.parse_args()
     root = flags.root.absolute()
@@ -38,7 +39,7 @@ def main():
         for seed in map(int, flags.seeds.split(","))
         for name in flags.tasks.split(",")
         for structure in flags.structures.split(",")
-        for start in stages.STARTS
+        for start in flags.starts.split(",")
         if (stages.TASKS[name].head or structure != "encoder")
         and (start != "domain" or stages.TASKS[name].domain)
     ]
