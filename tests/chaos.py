@@ -57,6 +57,14 @@ class Wrong(Exception):
     """What must never happen."""
 
 
+def _holds_something(folder: pathlib.Path) -> bool:
+    """False too if it goes away while it is read."""
+    try:
+        return any(folder.iterdir())
+    except FileNotFoundError:
+        return False
+
+
 @dataclasses.dataclass
 class Blow:
     phase: str  # where it landed
@@ -125,7 +133,7 @@ class Session:
         names = [p.name for p in (self.workdir / "checkpoints").glob("*")]
         if any("orbax-checkpoint-tmp" in name for name in names):
             return "save"
-        if any((self.workdir / "checkpoints" / "deleted").glob("*")):
+        if _holds_something(self.workdir / "checkpoints" / "deleted"):
             return "deletion"
         last = tail(self.workdir)
         evaluates = last["step"] % EVAL_EVERY == 0 and "heldout_loss" not in last
