@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 WORKDIR ?= runs/demo
 
-.PHONY: help demo test test-slow check parity bench bench-gpu study-smoke clean
+.PHONY: help demo test test-slow check parity chaos bench bench-gpu study-smoke clean
 
 help:
 	@echo "make demo       pretrain a small T5 on real text (about 5 minutes), or resume"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  several processes, SLURM where it is installed, pods (about an hour)"
 	@echo "make check      ruff and pyright"
 	@echo "make parity     live comparison with PyTorch/transformers (installs them)"
+	@echo "make chaos      one run of two processes, killed 100 times at random (about half an hour)"
 	@echo "make bench      ratios against PyTorch and plain NumPy, measured side by side"
 	@echo "make bench-gpu  tokens/s and MFU on a GPU beside PyTorch's (installs CUDA wheels)"
 	@echo "make study-smoke  every system, small, on the demo text (about an hour)"
@@ -50,9 +51,13 @@ check: $(VENV)/installed
 parity: $(VENV)/parity-installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m parity
 
+chaos: $(VENV)/installed
+	$(BIN)/python -m tests.chaos
+
 bench: $(VENV)/parity-installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.data
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.train
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.generate
 	$(BIN)/python -m tests.bench.startup
 
 bench-gpu: $(VENV)/gpu-installed

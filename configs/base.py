@@ -25,6 +25,13 @@ def set_objective(c: ml_collections.ConfigDict, name: str, **knobs):
         c.objective = ml_collections.ConfigDict(dict(name=name) | knobs)
 
 
+def set_mixture(c: ml_collections.ConfigDict, sources: dict, **data):
+    """Replaces the sources of the mixture; other keys of config.data beside them."""
+    with c.unlocked():
+        c.data.mixture = ml_collections.ConfigDict(sources)
+        c.data.update(data)
+
+
 def adamw(c: ml_collections.ConfigDict, learning_rate: float, warmup: int, **more):
     """Adam as BERT's descendants use it: linear decay, weight decay 0.01, no z-loss."""
     c.loss.z_loss = 0.0

@@ -12,9 +12,11 @@ COMMANDS = {
     "convert": "weights of Hugging Face and T5X, in and out",
     "export": "parameters as one .npz with readable names",
     "plan": "memory, network and time of a config on a machine that is not here",
+    "verify": "are the checkpoints of a run what was saved?",
     "inspect": "print examples of a config, and who sees whom",
     "elmo": "train a small ELMo biLM on words",
     "study": "scaling studies: plan, run, fit, report, coordcheck",
+    "tokenize": "build the token stores of a config and show what is in them",
     "vocab": "train or show a SentencePiece vocabulary",
 }
 

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import pathlib
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -144,7 +145,8 @@ def _damage(path: pathlib.Path):
     try:
         yield
     except (
-        *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError),
+        *(zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError),
+        *(tokenize.TokenError, SyntaxError, OverflowError),  # of NumPy's headers
         safetensors.SafetensorError,
     ) as e:
         raise ValueError(f"{path} is damaged: {e}. Make it or get it again.") from e

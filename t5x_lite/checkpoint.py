@@ -3,93 +3,134 @@
 `workdir/checkpoints/STEP/` holds `state` (parameters, optimizer, step) and `meta` (the
 config, the data's fingerprint and position). Orbax writes asynchronously into a
 temporary directory and renames it when complete, so a kill at any instant leaves the
-checkpoints before it whole.
+checkpoints before it whole. What is read is compared with the checksums in `meta`, see
+t5x_lite/integrity.py.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
+from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
+from t5x_lite import (
+    checksums,
+    distributed,
+    integrity,
+    lora,
+    model,
+    parameters,
+    reading,
+    retention,
+)
 from t5x_lite import config as config_lib
-from t5x_lite import model, parameters
-from t5x_lite.vocab import Vocab
+from t5x_lite.integrity import first_line
+from t5x_lite.workdir import probe
 
 METRIC = "heldout_loss"
-# What Orbax and TensorStore raise for files they cannot write or read.
+# Bytes of an array in one piece of the files: whoever reads it holds pieces twice.
+_PIECE = 2**27
+# What Orbax and TensorStore raise for files they cannot write.
 _ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 class Checkpoints:
     """Saves and restores the train state of one workdir.
 
-    Keeps the newest `keep_last`, every `keep_every`-th step and the `keep_best` with
-    the lowest held-out loss. A `reader` leaves half-written checkpoints alone: a
-    training run in the same workdir may just be writing one.
+    Keeps what `retention.Retention` says. A `reader` leaves everything as it is: a
+    training run in the same workdir may just be writing a checkpoint.
     """
 
     def __init__(
-        self, workdir, cfg: config_lib.CheckpointConfig, *, reader: bool = False
+        self,
+        workdir,
+        cfg: config_lib.CheckpointConfig,
+        *,
+        reader: bool = False,
+        peers: distributed.Peers | None = None,
     ):
         # What the user of this process chooses a step with.
         self.flag = "--step" if reader else "--config.checkpoint.restore_step"
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-        keep: list[Any] = [policies.LatestN(cfg.keep_last)]
-        if cfg.keep_every:
-            keep.append(policies.EveryNSteps(cfg.keep_every))
-        if cfg.keep_best:
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[METRIC],
-                    reverse=True,
-                    n=cfg.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        self.peers = peers or distributed.Peers()
+        self._writes = not reader
+        if reader:
+            return
+        if self.peers.lead:
+            retention.sweep(self.directory)
+        self._retention = retention.Retention(cfg, self.directory)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                # Only with these does Orbax write metrics, which BestN needs after a
-                # restart.
-                best_fn=lambda metrics: metrics[METRIC],
-                best_mode="min",
-                cleanup_tmp_directories=not reader,
+                preservation_policy=self._retention,
+                # Renamed first: a kill leaves no checkpoint that lacks some files.
+                todelete_subdir=retention.DELETED,
+                cleanup_tmp_directories=True,
             ),
         )
+        self._reader = futures.ThreadPoolExecutor(1)
+        self._reading: futures.Future[None] | None = None
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, ascending; stray folders are not."""
-        found = self._manager.all_steps()
-        return sorted(s for s in found if (self.directory / str(s) / "state").is_dir())
+        """Steps of all checkpoints, ascending; stray folders are not."""
+        return retention.steps(self.directory)
 
-    def save(self, step: int, state, meta: dict, heldout_loss: float | None = None):
+    def save(self, step: int, state, meta: dict, metrics: dict | None = None):
         """Starts writing; waits first if the previous write has not ended.
+
+        Args:
+          meta: see `make_meta`; checksums of `state` are added.
+          metrics: of the evaluation at this step, if there was one.
 
         Raises:
           OSError: if this or the previous write failed (a full disk, say). Older
             checkpoints are not touched by a failed write.
         """
-        metrics = None if heldout_loss is None else {METRIC: heldout_loss}
+        self.wait()
+        numbers = {
+            k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)
+        }
+        meta = meta | {integrity.SUMS: checksums.of_tree(state), "metrics": numbers}
+        self._retention.scored(step, numbers)
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), state)
         with self._write_errors():
+            if self.peers.lead:
+                # Orbax's threads would wait for ten minutes for the folder.
+                probe(self.directory)
             written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                    state=ocp.args.StandardSave(state, save_args=pieces),
+                    meta=ocp.args.JsonSave(integrity.sealed(meta)),
                 ),
-                metrics=metrics,
                 force=True,
             )
             if not written:
                 raise RuntimeError(f"step {step} was not saved")
+        if self.peers.lead:
+            self._reading = self._reader.submit(self._read_back, step)
+
+    def _read_back(self, step: int):
+        """When it is written: is it good? Only then may the one before it go."""
+        try:
+            self._manager.wait_until_finished()
+        except _ERRORS:
+            return  # which `wait` raises, too
+        found = self._retention.read_back(step)
+        if found.problems:
+            print(
+                f"warning: checkpoint {step} was written, but does not read back: "
+                f"{found.problems[0]}. The one before it is kept. Look at the disk.",
+                flush=True,
+            )
+        retention.sweep(self.directory)
 
     def set_aside_after(self, step: int) -> list[int]:
         """Moves checkpoints after `step` to `workdir/abandoned`; returns their steps.
@@ -97,7 +138,7 @@ class Checkpoints:
         Going on from an older checkpoint starts another branch: the later ones would
         stand in its way, and a restart would take them for its own.
         """
-        later = [s for s in self.steps() if s > step]
+        later = [s for s in retention.numbered(self.directory) if s > step]
         aside = self.directory.parent / "abandoned"
         for s in later:
             aside.mkdir(exist_ok=True)
@@ -114,16 +155,22 @@ class Checkpoints:
     def reload(self):
         """Looks again at what is there, after another process changed it."""
         self._manager.reload()
+        self._retention.reload()
 
     def wait(self):
-        """Blocks until what was saved is on disk."""
+        """Blocks until what was saved is on disk and was read back."""
         with self._write_errors():
             self._manager.wait_until_finished()
+        if self._reading:
+            self._reading.result()
 
     def close(self):
         """Waits as `wait` does, and ends the writers."""
+        if not self._writes:
+            return
         with self._write_errors():
             self._manager.close()
+        self._reader.shutdown()
 
     @contextlib.contextmanager
     def _write_errors(self):
@@ -132,14 +179,11 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # a process is lost, not the files
             raise
         except _ERRORS as e:
-            have = sorted(
-                int(p.name) for p in self.directory.glob("*") if p.name.isdigit()
-            )
             raise OSError(
                 f"writing a checkpoint below {self.directory} failed: "
-                f"{_first_line(e)}. Complete checkpoints there: {have or 'none'}. Free "
-                "some space or fix the directory, then run the same command: it "
-                "resumes."
+                f"{first_line(e)}. Complete checkpoints there: "
+                f"{self.steps() or 'none'}. Free some space or fix the directory, then "
+                "run the same command: it resumes."
             ) from e
 
     def choose(self, asked: int) -> int | None:
@@ -155,45 +199,116 @@ class Checkpoints:
         return asked
 
     def meta(self, step: int) -> dict:
-        """What `save` was given as meta."""
+        """What `save` was given as meta, with the checksums.
+
+        Raises:
+          Damaged: it is not what was saved.
+        """
         with self.read_errors(step):
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            )
-        return restored["meta"]
+            return integrity.read_meta(self.directory / str(step))
 
     def restore(self, step: int, abstract_state):
-        """The state at `step`, placed as `abstract_state` says (any mesh)."""
+        """The state at `step`, placed as `abstract_state` says (any mesh), verified.
+
+        All processes call it; all raise or none.
+
+        Raises:
+          Damaged: it cannot be read, or is not what was saved.
+        """
+        restored, problem = None, ""
+        try:
+            sums = self.meta(step).get(integrity.SUMS, {})
+            with self.read_errors(step):
+                restored = reading.arrays(self.directory / str(step), abstract_state)
+        except integrity.Damaged as e:
+            problem, sums = str(e), {}
+        found = filter(None, self.peers.everyone("restored", problem))
+        if problem := next(found, ""):
+            raise integrity.Damaged(problem)
         with self.read_errors(step):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
-            )
-        return restored["state"]
+            integrity.check(sums, restored)
+        return restored
+
+    def resume(
+        self, asked: int, check: Callable[[dict], Any], abstract_state
+    ) -> tuple[int | None, dict, Any]:
+        """The newest checkpoint that is whole, or the one asked for.
+
+        All processes call it. Damaged checkpoints are named and passed over; they stay
+        where they are, see `set_aside_after`.
+
+        Args:
+          asked: a step, or -1.
+          check: raises if a checkpoint of this meta cannot be continued.
+
+        Returns:
+          (step, meta, state); the state is None if it holds parameters alone. (None,
+          {}, None) if there is no checkpoint at all.
+
+        Raises:
+          Damaged: the one asked for, or every one there is.
+        """
+
+        def candidates() -> list[int]:
+            self.choose(asked)
+            return self.steps()[::-1] if asked == -1 else [asked]
+
+        steps, errors = self.peers.from_lead("restore", candidates), []
+        for step in steps:
+            try:
+                meta = self._meta_of_lead(step)
+                check(meta)
+                whole = not meta.get("params_only")
+                state = self.restore(step, abstract_state) if whole else None
+            except integrity.Damaged as e:
+                errors.append(e)
+                continue
+            for error in errors if self.peers.lead else ():
+                print(f"warning: {error}", flush=True)
+            self._retention.good.add(step)
+            return step, meta, state
+        if len(errors) > 1:
+            raise integrity.Damaged(
+                f"no checkpoint of {steps} can be read, nothing was changed. See "
+                f"`python -m t5x_lite.verify --workdir={self.directory.parent}`; bring "
+                f"a copy back, or start in a new --workdir. The latest: {errors[0]}"
+            ) from errors[0]
+        if errors:
+            raise errors[0]
+        return None, {}, None
+
+    def _meta_of_lead(self, step: int) -> dict:
+        def read() -> dict:
+            try:
+                return {"meta": self.meta(step)}
+            except integrity.Damaged as e:
+                return {"problem": str(e)}
+
+        found = self.peers.from_lead("meta", read)
+        if "problem" in found:
+            raise integrity.Damaged(found["problem"])
+        return found["meta"]
 
     @contextlib.contextmanager
     def read_errors(self, step: int):
-        """Whatever fails inside is a ValueError that names the step and a way out."""
+        """Whatever fails inside is `Damaged`, with the step and a way out."""
         try:
             yield
-        except _ERRORS as e:
-            if "RESOURCE_EXHAUSTED" in str(e):  # memory, not the files
-                raise
+        except Exception as e:  # Orbax has bare ones, too
+            if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
+                raise  # not the files
             others = [s for s in self.steps() if s != step]
             way_out = (
                 f"Another one: {self.flag}={others[-1]}."
                 if others
                 else "No other one is left; start in a new --workdir."
             )
-            raise ValueError(
-                f"checkpoint {self.directory / str(step)} cannot be read; it is "
-                f"damaged or not ours: {_first_line(e)} {way_out}"
+            directory = self.directory / str(step)
+            what = [*integrity.inspect(directory).problems, first_line(e)][0]
+            raise integrity.Damaged(
+                f"checkpoint {directory} cannot be read; it is damaged or not ours: "
+                f"{what}. {way_out}"
             ) from e
-
-
-def _first_line(e: BaseException) -> str:
-    lines = f"{type(e).__name__}: {e}".strip().splitlines()
-    return lines[0][:300]
 
 
 def make_meta(cfg: config_lib.Config, step: int, data: dict) -> dict:
@@ -205,91 +320,10 @@ def make_meta(cfg: config_lib.Config, step: int, data: dict) -> dict:
     return {"step": step, "config": config_lib.to_json(cfg), "data": data}
 
 
-# What the stored arrays depend on, and what the sequence of batches depends on.
-_STATE_KEYS = ("model", "optim.name", "optim.lr_rules")
-_FREE_MODEL_KEYS = ("attention", "dropout", "dtype", "remat", "scan", "unpadded")
-_ORDER_KEYS = (
-    *("seed", "objective", "data.batch_size", "data.inputs_length"),
-    *("data.train_inputs", "data.static_noise"),
-)
-
-
-def check_compatible(meta: dict, cfg: config_lib.Config, data: dict):
-    """Refuses a checkpoint that this config cannot continue exactly.
-
-    Raises:
-      ValueError: naming every key that differs with both values.
-    """
-    # A key that is newer than the checkpoint had its default.
-    frozen = config_lib.freeze(meta["config"])
-    then, now = (json.loads(json.dumps(config_lib.to_json(c))) for c in (frozen, cfg))
-
-    def differing(keys, a, b):
-        for key in keys:
-            left, right = _at(a, key), _at(b, key)
-            if isinstance(left, dict) and isinstance(right, dict):
-                for k in sorted({*left, *right}):
-                    if left.get(k) != right.get(k):
-                        yield f"config.{key}.{k}", left.get(k), right.get(k)
-            elif left != right:
-                yield f"config.{key}", left, right
-
-    free = {f"config.model.{k}" for k in _FREE_MODEL_KEYS}
-    # Nothing was trained yet in a workdir that was converted.
-    trained = not meta.get("params_only")
-    keys = _STATE_KEYS if trained else ("model",)
-    found = [d for d in differing(keys, then, now) if d[0] not in free]
-    way_out = "Restore these values, or train in a new --workdir."
-    before = meta["data"]["vocab"] if "vocab" in meta["data"] else ""
-    if not trained and before and before != data["vocab"]:
-        found.append(("data vocab", before, data["vocab"]))
-    if trained and not found and not cfg.checkpoint.accept_changes:
-        found = [*differing(_ORDER_KEYS, then, now)]
-        found += [
-            (f"data {k}", meta["data"].get(k), v)
-            for k, v in data.items()
-            if meta["data"].get(k) != v
-        ]
-        way_out += (
-            " To go on from here on other data all the same: "
-            "--config.checkpoint.accept_changes=True."
-        )
-    if found:
-        rows = [f"{k}: {a!r} in the checkpoint, {b!r} now" for k, a, b in found]
-        raise ValueError(
-            f"the checkpoint of step {meta['step']} was made with another config:\n  - "
-            + "\n  - ".join(rows)
-            + f"\n{way_out}"
-        )
-
-
-def check_vocab(meta: dict, words: Vocab):
-    """Refuses a vocabulary other than the one a checkpoint was trained with."""
-    trained_with = meta["data"]["vocab"]
-    if not trained_with:
-        raise ValueError(
-            "the workdir was converted without a vocabulary: none was beside the "
-            "weights, or it cannot be read here. Convert it again with --vocab=FILE."
-        )
-    if trained_with != words.fingerprint:
-        raise ValueError(
-            f"config.data.vocab={words.spec!r} is not the vocabulary of the run: its "
-            f"fingerprint is {words.fingerprint}, the checkpoint of step "
-            f"{meta['step']} was trained with {trained_with}. Put the original file "
-            "back."
-        )
-
-
-def _at(tree: dict, path: str):
-    for part in path.split("."):
-        tree = tree[part]
-    return tree
-
-
 def load_run(workdir, step: int = -1):
     """A finished or running run for inference: (config, model, params, step, meta).
 
-    As `read_run` and `load_params` on the default device.
+    As `read_run` and `load_params` on the default device; adapters are merged.
     """
     cfg, chosen, meta = read_run(workdir, step)
     net = model.build(cfg.model)
@@ -300,7 +334,12 @@ def load_run(workdir, step: int = -1):
         )
         for name, p in parameters.declared(net).items()
     }
-    return cfg, net, load_params(workdir, chosen, parameters.nested(flat)), chosen, meta
+    params = load_params(workdir, chosen, parameters.nested(flat))
+    if cfg.model != lora.without(cfg.model):
+        params = lora.plain(params, net)
+        cfg = dataclasses.replace(cfg, model=lora.without(cfg.model))
+        net = model.build(cfg.model)
+    return cfg, net, params, chosen, meta
 
 
 def read_run(workdir, step: int = -1):
@@ -317,17 +356,11 @@ def read_run(workdir, step: int = -1):
         f"--workdir={os.fspath(workdir)} has no checkpoint (looked in "
         f"{directory.name}/). Give the --workdir of a training run."
     )
-    # Orbax would create a directory that is missing.
-    if not directory.is_dir():
-        raise nothing
     reader = Checkpoints(workdir, config_lib.CheckpointConfig(), reader=True)
-    try:
-        chosen = reader.choose(step)
-        if chosen is None:
-            raise nothing
-        meta = reader.meta(chosen)
-    finally:
-        reader.close()
+    chosen = reader.choose(step)
+    if chosen is None:
+        raise nothing
+    meta = reader.meta(chosen)
     cfg = config_lib.freeze(meta["config"] | {"platform": ""})
     # Of the training machine: a kernel, and where the optimizer's state lies.
     reference = dataclasses.replace(cfg.model, attention="einsum", unpadded=False)
@@ -341,25 +374,21 @@ def load_params(workdir, step: int, abstract_params: dict) -> dict:
     Args:
       abstract_params: nested ShapeDtypeStructs with shardings, all of them.
     """
+    return load_part(workdir, step, {"params": abstract_params})["params"]
+
+
+def load_part(workdir, step: int, abstract: dict) -> dict:
+    """A part of the state of a checkpoint, verified; the rest is not read.
+
+    Args:
+      abstract: as much of the tree as is wanted, ShapeDtypeStructs with shardings.
+
+    Raises:
+      Damaged: it cannot be read, or is not what was saved.
+    """
     reader = Checkpoints(workdir, config_lib.CheckpointConfig(), reader=True)
-    try:
-        with reader.read_errors(step):
-            return _restore_params(
-                reader.directory / str(step) / "state", abstract_params
-            )
-    finally:
-        reader.close()
-
-
-def _restore_params(path: pathlib.Path, abstract_params: dict) -> dict:
-    tree = {"params": abstract_params}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(
-            path,
-            args=ocp.args.PyTreeRestore(
-                item=tree,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-                partial_restore=True,
-            ),
-        )
-    return restored["params"]
+    sums = reader.meta(step).get(integrity.SUMS, {})
+    with reader.read_errors(step):
+        restored = reading.arrays(reader.directory / str(step), abstract, partial=True)
+        integrity.check(sums, restored)
+    return restored

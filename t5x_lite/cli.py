@@ -24,6 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from t5x_lite import config as config_lib
+from t5x_lite import config_keys
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,14 +54,28 @@ def parser(doc: str | None) -> Parser:
     )
 
 
-def parse_config(doc: str | None, argv=None, **others: str | tuple[str, str]):
-    """Parses `--config=FILE[:ARG]`, `--config.a.b=VALUE` and other string flags.
+def add_reading(parser: argparse.ArgumentParser):
+    """Flags of how text is read, for `sources.Options.of` the parsed arguments."""
+    for field in dataclasses.fields(config_keys.DataConfig):
+        if field.name in ("field", "documents", "bad_utf8"):
+            parser.add_argument(
+                f"--{field.name}",
+                default=field.default,
+                choices=field.metadata["among"],
+                help=f"{field.metadata['doc']} (default {field.default})",
+            )
+
+
+def parse_config(
+    doc: str | None, argv=None, **others: str | tuple[str, str] | tuple[bool, str]
+):
+    """Parses `--config=FILE[:ARG]`, `--config.a.b=VALUE` and other flags.
 
     Args:
       doc: docstring of the command.
       argv: arguments without the program's name; None = those of the process.
       others: flag name -> help if it is required (`workdir="directory of the run"`),
-        else (default, help).
+        else (default, help); (False, help) = a switch.
 
     Returns:
       (the ConfigDict with overrides applied, the other flags).
@@ -74,11 +89,13 @@ def parse_config(doc: str | None, argv=None, **others: str | tuple[str, str]):
         "--config",
         required=True,
         metavar="FILE[:ARG]",
-        help="Python file with get_config(arg=''); see configs/",
+        help="Python file, run as it is, with get_config(arg=''); see configs/",
     )
     for name, about in others.items():
         if isinstance(about, str):
             flag_parser.add_argument(f"--{name}", required=True, help=about)
+        elif about[0] is False:
+            flag_parser.add_argument(f"--{name}", action="store_true", help=about[1])
         else:
             flag_parser.add_argument(f"--{name}", default=about[0], help=about[1])
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -139,13 +156,16 @@ def load_config(name: str) -> ml_collections.ConfigDict:
 def _config_of_a_run(name: str, path: str) -> ml_collections.ConfigDict:
     try:
         found = json.loads(pathlib.Path(path).read_text())["config"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(
             f"--config={name}: {path!r} is not the config.json of a run: it has no "
             f"'config' ({type(e).__name__}). Give WORKDIR/config.json or a .py file."
         ) from e
     frozen = config_lib.freeze(found)
-    return ml_collections.ConfigDict(config_lib.to_json(frozen, tuples=True))
+    try:
+        return ml_collections.ConfigDict(config_lib.to_json(frozen, tuples=True))
+    except (TypeError, ValueError) as e:  # a name with a dot, say
+        raise ValueError(f"--config={name}: {e}") from e
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The configuration: every key, its default, range and meaning, checked once.
+"""The configuration: checked once, frozen; its keys stand in `config_keys.py`.
 
 `configs/*.py` build an `ml_collections.ConfigDict` from these defaults and
 `--config.a.b=value` overrides it. On start `freeze` turns it into frozen dataclasses
@@ -17,153 +17,22 @@ from typing import Any
 import ml_collections
 
 from t5x_lite import model_config
-from t5x_lite.model_config import DTYPES, ModelConfig, key
-
-OPTIMIZERS = ("adafactor", "adamw", "lamb")
-INIT_PRESETS = (
-    *("same", "from_encoder", "from_decoder", "to_encoder", "to_decoder", "to_both"),
+from t5x_lite.config_keys import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    ShardingConfig,
 )
-SCHEDULES = ("constant", "rsqrt", "linear", "cosine", "wsd")
+from t5x_lite.data import rates
+from t5x_lite.model_config import ModelConfig
 
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    train: str = key("data/train.jsonl", "path or glob of the training text")
-    heldout: str = key("data/heldout.jsonl", "path or glob of the held-out text")
-    vocab: str = key("bytes", "'bytes', a file or its directory; see vocab.py")
-    sentinels: int = key(100, "sentinel ids on top of the vocabulary", low=0)
-    cache_dir: str = key("runs/stores", "where token stores are built")
-    inputs_length: int = key(512, "encoder tokens per example, EOS included", low=4)
-    train_inputs: bool = key(False, "decoder: train on the inputs of a pair too")
-    static_noise: bool = key(False, "a window's noise is the same in every epoch")
-    batch_size: int = key(128, "examples per step, over all devices", low=1)
-    prefetch: int = key(2, "batches prepared ahead", low=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    name: str = key("adafactor", "optimizer", among=OPTIMIZERS)
-    learning_rate: float = key(1.0, "peak; rsqrt: lr/sqrt(max(step, warmup))", low=0.0)
-    schedule: str = key("rsqrt", "learning-rate schedule", among=SCHEDULES)
-    warmup_steps: int = key(10_000, "steps of linear warm-up (rsqrt: flat)", low=0)
-    decay_steps: int = key(0, "last steps that decay in wsd; 0 = a fifth", low=0)
-    final_fraction: float = key(0.0, "end / peak learning rate", low=0.0, high=1.0)
-    clip_norm: float = key(0.0, "global gradient norm; 0 = no clipping", low=0.0)
-    beta1: float = key(0.9, "AdamW, LAMB: first moment", low=0.0, high=1.0)
-    beta2: float = key(0.999, "AdamW, LAMB: second moment", low=0.0, high=1.0)
-    eps: float = key(1e-8, "AdamW, LAMB: epsilon", low=0.0)
-    decay_rate: float = key(0.8, "Adafactor second-moment exponent", low=0.0, high=1.0)
-    update_clip: float = key(1.0, "Adafactor update RMS threshold", low=0.0)
-    weight_decay: float = key(0.0, "decoupled weight decay", low=0.0)
-    decay_rules: tuple = key(
-        (
-            (r".*(norm/scale|norm/bias|_bias|/bias|relative/embedding)$", 0.0),
-            (r".*", 1.0),
-        ),
-        "(regex, multiplier) of weight decay; first match wins, all must match",
-    )
-    lr_rules: tuple = key(
-        ((r".*", 1.0),), "(regex, multiplier) of the learning rate, 0 = frozen"
-    )
-    microbatches: int = key(1, "gradient accumulation steps", low=1)
-    accumulate_dtype: str = key(
-        "float32", "of gradients summed over microbatches", among=DTYPES
-    )
-    offload: bool = key(False, "keep the optimizer's state in host memory")
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    z_loss: float = key(1e-4, "weight of log(Z)^2", low=0.0)
-    replaced_weight: float = key(50.0, "of ELECTRA's discriminator loss", low=0.0)
-    chunk: int = key(0, "target positions per logits chunk; 0 = by size", low=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardingConfig:
-    data: int = key(-1, "mesh size of data parallelism; -1 = the rest", low=-1)
-    fsdp: int = key(1, "mesh size of sharded parameters", low=-1)
-    tensor: int = key(1, "mesh size of tensor parallelism", low=-1)
-    sequence: int = key(1, "mesh size of sequence parallelism", low=-1)
-    dcn_data: int = key(-1, "slices that `data` spans; -1 = those there are", low=-1)
-    dcn_fsdp: int = key(1, "slices that `fsdp` spans", low=1)
-    rules: dict = key(
-        dict(
-            batch=("data", "fsdp"),
-            length=("sequence",),
-            predicted=("sequence",),
-            residual=(),
-            vocab=("tensor",),
-            embed=("fsdp",),
-            mlp=("tensor",),
-            heads=("tensor",),
-            kv=(),
-            layers=(),
-            buckets=(),
-            norm=(),
-        ),
-        "logical axis name -> mesh axes it is split over",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = key(1000, "steps between checkpoints", low=1)
-    keep_last: int = key(2, "newest checkpoints kept", low=1)
-    keep_every: int = key(0, "also keep every k-th step for ever; 0 = none", low=0)
-    keep_best: int = key(1, "also keep the n best by held-out loss", low=0)
-    accept_changes: bool = key(False, "resume though the data or its order changed")
-    restore_step: int = key(-1, "step to resume from; -1 = the latest", low=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    seed: int = key(0, "of parameters, dropout and data order", low=0)
-    steps: int = key(1000, "train until this step", low=1)
-    log_every: int = key(1, "steps between lines of metrics.jsonl", low=1)
-    eval_every: int = key(1000, "steps between held-out evaluations", low=1)
-    eval_batches: int = key(0, "held-out batches; 0 = the whole split", low=0)
-    platform: str = key("", "jax platform ('cpu', 'tpu', 'cuda'); empty = best")
-    compile_cache: str = key("runs/compile_cache", "compiled programs; empty = off")
-    profile: int = key(0, "steps to trace into WORKDIR/profile; 0 = none", low=0)
-    profile_first: int = key(10, "steps after the start before the trace", low=0)
-    peers_timeout: int = key(300, "seconds to wait for all processes", low=1)
-    slow_step: float = key(
-        10.0, "dump stacks when a step takes k times the median; 0 = never", low=0.0
-    )
-    init_from: str = key(
-        "", "workdir whose parameters a new run starts from; empty = drawn"
-    )
-    init_preset: str = key(
-        "same",
-        "how names of init_from map to ours; see t5x_lite/warmstart.py",
-        among=INIT_PRESETS,
-    )
-    init_rules: tuple = key(
-        (),
-        "(regex of our name, name in init_from or None = fresh); first match wins, "
-        "before the preset",
-    )
-    init_vocab: str = key(
-        "",
-        "rows of ids that init_from's vocabulary has not; empty = must be the same",
-        among=("", "mean", "fresh"),
-    )
-    init_positions: str = key(
-        "",
-        "more learned positions or relative buckets than init_from; empty = an error",
-        among=("", "repeat", "interpolate"),
-    )
-    objective: dict = key(
-        dict(name="span_corruption", density=0.15, mean_span=3.0),
-        "objective name (t5x_lite/objectives) and its knobs",
-    )
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    sharding: ShardingConfig = dataclasses.field(default_factory=ShardingConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+# Those who read a config find its parts here, too.
+SECTIONS = (
+    *(CheckpointConfig, DataConfig, LossConfig, ModelConfig),
+    *(OptimConfig, ShardingConfig),
+)
 
 
 class ConfigError(ValueError):
@@ -287,6 +156,12 @@ def _cross_checks(c: Config):
             f"config.data.batch_size={c.data.batch_size} must be a multiple of "
             f"config.optim.microbatches={c.optim.microbatches}."
         )
+    if c.optim.spike_rewinds and c.optim.spike_factor <= 1:
+        yield (
+            f"config.optim.spike_rewinds={c.optim.spike_rewinds} needs "
+            f"config.optim.spike_factor above 1, here {c.optim.spike_factor}. Set it "
+            "to 1.5, say, or spike_rewinds to 0."
+        )
     if c.optim.schedule == "wsd" and c.optim.decay_steps > c.steps:
         yield (
             f"config.optim.decay_steps={c.optim.decay_steps} is more than "
@@ -317,6 +192,8 @@ def _cross_checks(c: Config):
                     f"{c.model.d_entity}: allowed is {' or '.join(map(repr, allowed))}."
                 )
     yield from model_config.problems(c.model)
+    yield from _recipe_problems(c)
+    yield from rates.problems(c.data)
     if c.model.parametrisation == "mup" and c.optim.name == "lamb":
         yield (
             "config.optim.name='lamb' does not go with config.model.parametrisation="
@@ -332,6 +209,80 @@ def _cross_checks(c: Config):
         )
     if s.dcn_data == 0:
         yield "config.sharding.dcn_data=0: give the number of slices, or -1."
+
+
+def _recipe_problems(c: Config):
+    """Yields what of fine-tuning does not fit together."""
+    o, m = c.optim, c.model
+    shared = m.share_layers or m.share_stacks or m.generator_width or m.d_entity
+    if o.layer_decay != 1.0 and (shared or not o.layer_decay):
+        yield (
+            f"config.optim.layer_decay={o.layer_decay} must be above 0 and needs "
+            "layers of their own in one or two stacks: share_layers, share_stacks, "
+            "generator_width, d_entity off. Set it to 1."
+        )
+    if (o.l2_start or c.init_optimizer == "restore") and not c.init_from:
+        yield (
+            f"config.optim.l2_start={o.l2_start}, config.init_optimizer="
+            f"{c.init_optimizer!r} need config.init_from, a workdir to start from."
+        )
+    if o.l2_start and m.lora_rank:
+        yield (
+            f"config.optim.l2_start={o.l2_start} does not go with lora_rank="
+            f"{m.lora_rank}: adapters start at no pretrained values. Set one to 0."
+        )
+    n = dict(choice=m.choices, similarity=2).get(m.head, 1) * o.microbatches
+    if n > 1 and c.data.batch_size % n:
+        yield (
+            f"config.data.batch_size={c.data.batch_size} must be a multiple of {n}: "
+            f"the rows of an example of head={m.head!r} times microbatches="
+            f"{o.microbatches}."
+        )
+    yield from _distill_problems(c)
+    if c.loss.lm_weight and not m.head:
+        yield (
+            f"config.loss.lm_weight={c.loss.lm_weight} is beside a head's loss, here "
+            "is config.model.head=''. Set it to 0."
+        )
+
+
+# Knobs of config.distill: type, lowest, highest.
+_DISTILL: dict[str, tuple[type, Any, Any]] = dict(
+    teacher=(str, None, None),
+    step=(int, -1, None),
+    alpha=(float, 0.0, 1.0),
+    temperature=(float, 1e-3, None),
+    hidden=(float, 0.0, None),
+)
+
+
+def _distill_problems(c: Config):
+    for name, value in c.distill.items():
+        if name not in _DISTILL:
+            yield (
+                f"config.distill.{name} is no knob{nearest(name, _DISTILL)} Knobs: "
+                f"{', '.join(_DISTILL)}."
+            )
+            continue
+        kind, low, high = _DISTILL[name]
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if right and kind is not str:
+            right = (low is None or low <= value) and (high is None or value <= high)
+        if not right:
+            yield (
+                f"config.distill.{name}={value!r} must be of type {kind.__name__}, "
+                f"from {low} to {high}."
+            )
+    if c.distill and not c.distill.get("teacher"):
+        yield (
+            f"config.distill={dict(c.distill)} names no teacher. Give "
+            "teacher=WORKDIR of a finished run, or {}."
+        )
+    if c.distill and (c.model.generator_width or c.model.d_entity):
+        yield (
+            "config.distill does not go with config.model.generator_width (ELECTRA) or "
+            "d_entity (ERNIE). Set it to {}."
+        )
 
 
 def describe() -> str:

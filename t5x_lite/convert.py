@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from t5x_lite import arrays, checkpoint, cli, export, stored
+from t5x_lite import arrays, checkpoint, cli, export, lora, stored
 from t5x_lite import config as config_lib
 from t5x_lite.arrays import Lazy
 from t5x_lite.interop import families, hf_config, huggingface, t5x, workdirs
@@ -204,9 +204,12 @@ def import_run(source: Spec, to: pathlib.Path, made: pathlib.Path, flags):
 def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
     """Writes a checkpoint of a workdir into `made`."""
     cfg, step, meta = checkpoint.read_run(source, flags.step)
+    trained, plain = cfg.model, lora.without(cfg.model)
+    cfg = dataclasses.replace(cfg, model=plain)
     params = stored.open_params(source, step)
     if to.format == "t5x":
-        opt = None if flags.scanned else t5x.opt_in(source, step)
+        whole = trained == plain and not flags.scanned
+        opt = t5x.opt_in(source, step) if whole else None
         if flags.scanned:
             print("note: without the optimizer's state, which T5X factors otherwise")
         elif opt is None:

@@ -168,10 +168,15 @@ class Peers:
             return value
         return json.loads(self._get(key, 0))
 
+    def everyone(self, name: str, value) -> list:
+        """Everybody's value (JSON) by rank, in every process."""
+        found = self.gather(name, value)
+        every: Any = self.from_lead(f"{name}, all", lambda: found)
+        return every
+
     def barrier(self, name: str):
         """Until all are here."""
-        self.gather(name, None)
-        self.from_lead(f"{name}, all", lambda: None)
+        self.everyone(name, None)
 
     def check_same(self, same: dict[str, Any]):
         """Stops the run, with the names, if a process has other values than rank 0."""
@@ -184,11 +189,8 @@ class Peers:
         """Stops the run if the processes do not see the same directory."""
         if self.count == 1:
             return
-        mark = self.from_lead("mark", lambda: os.urandom(8).hex())
-        path = workdir / "lock"
-        if self.lead:
-            path.write_text(mark)
-        self.barrier("marked")
+        path = workdir / "lock"  # which rank 0 has just written
+        mark = self.from_lead("mark", path.read_text)
         for _ in range(30):  # a network file system may show it late
             if self.lead or path.exists() and path.read_text() == mark:
                 return

@@ -111,7 +111,7 @@ class Tower(nnx.Module):
         if hasattr(self, "project"):
             x_BTE = layers.product("BTE,ED->BTD", x_BTE, self.project[...])
             x_BTE += self.project_bias[...][None, None]
-        y_BTD, _, _ = self.stack(x_BTE, model.context(self.cfg, stream), key)
+        y_BTD, _ = self.stack(x_BTE, model.context(self.cfg, stream), key)
         return y_BTD
 
 

@@ -20,6 +20,7 @@ import tqdm
 
 from t5x_lite import cli, export
 from t5x_lite.bilm import DIRECTIONS, ElmoConfig, Pretrained, zero_state
+from t5x_lite.data import sources
 from t5x_lite.data import words as words_lib
 from t5x_lite.model import bind
 from t5x_lite.parameters import init_params
@@ -70,8 +71,9 @@ def unigram_perplexity(counts_V: np.ndarray, batches: list[dict]) -> float:
 
 def main(argv: list[str] | None = None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--train", required=True, help="path or glob: .txt, .jsonl")
-    parser.add_argument("--heldout", required=True, help="path or glob: .txt, .jsonl")
+    parser.add_argument("--train", required=True, help="text; see data/sources.py")
+    parser.add_argument("--heldout", required=True, help="held-out text")
+    cli.add_reading(parser)
     parser.add_argument("--workdir", required=True, help="directory to write to")
     for name, default, text in (
         ("steps", 200, "updates"),
@@ -97,10 +99,10 @@ def main(argv: list[str] | None = None):
     export.check_output(workdir / "export", flags.overwrite)
 
     sizes = flags.batch_size, flags.length
-    text = words_lib.Text(flags.train)
+    text = words_lib.Text(flags.train, sources.Options.of(flags))
     vocab = words_lib.WordVocab.most_frequent(text, flags.vocab_size)
     batches = words_lib.windows(text, vocab, *sizes)
-    of_heldout = words_lib.Text(flags.heldout)
+    of_heldout = words_lib.Text(flags.heldout, sources.Options.of(flags))
     heldout = words_lib.windows(of_heldout, vocab, *sizes)
     each = range(max(1, len(of_heldout.stream_N) // (sizes[0] * sizes[1])))
     heldout = [heldout(0, step) for step in each]

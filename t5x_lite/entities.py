@@ -134,7 +134,7 @@ class EntityEncoder(model.SingleStack):
         ctx = model.context(self.cfg, stream)
         x_BTE = self.embed(stream["tokens"])
         x_BTD = self.inputs(x_BTE, stream, layers.fold(key, 0))
-        x_BTD, _, _ = self.stack(x_BTD, ctx, layers.fold(key, 1))
+        x_BTD, _ = self.stack(x_BTD, ctx, layers.fold(key, 1))
         if "entities" in stream:
             at = Alignment(stream["entity_places"], stream["entities"] > 0)
             e_BMC = self.embed_entities(stream["entities"])

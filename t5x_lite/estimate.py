@@ -90,12 +90,7 @@ def _costs(found: dict, compiled, step, topology: Topology):
     sizes = compiled.memory_analysis()
     found["memory"] |= dict(
         temporaries=sizes.temp_size_in_bytes,
-        # What is reserved while it runs: temporaries are one block, code counts too.
-        peak=sizes.generated_code_size_in_bytes
-        + sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes
-        + sizes.temp_size_in_bytes,
+        peak=peak(sizes),
         peak_in_use=sizes.peak_memory_in_bytes,
         host=sizes.host_argument_size_in_bytes + sizes.host_temp_size_in_bytes,
     )
@@ -120,6 +115,21 @@ def _costs(found: dict, compiled, step, topology: Topology):
         mfu_ceiling=at_peak / best,
         mfu_without_overlap=at_peak / serial,
         bound=max((compute, "compute"), (hbm, "HBM"), (network, "network"))[1],
+    )
+
+
+def peak(sizes) -> int:
+    """Bytes of a device that are reserved while a program runs.
+
+    Args:
+      sizes: its `memory_analysis()`. Temporaries are one block, code counts too.
+    """
+    return (
+        sizes.generated_code_size_in_bytes
+        + sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
     )
 
 

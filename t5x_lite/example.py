@@ -107,11 +107,12 @@ def places_of(mask_BT: np.ndarray, most: int = 0) -> tuple[np.ndarray, np.ndarra
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One array of a batch: its axes, its dtype, what it means."""
+    """One array of a batch: its axes (a digit is a size), dtype, meaning, lowest."""
 
     axes: str
     dtype: str
     meaning: str
+    low: int | None = 0
 
 
 # The fields of one stream. A stream is one sequence that one stack of the model reads.
@@ -133,7 +134,12 @@ OPTIONAL = {
     "query_ranks": Field("BGT", "int32", "what G further query streams see"),
     "query_groups": Field("BGT", "int32", "query cells that see each other; 0 = none"),
     "places": Field("BK", "int32", "predicted cells, in [0, T) or [0, G * T)"),
-    "labels": Field("B", "int32", "class of the whole example"),
+    "labels": Field("B", "int32", "class of the whole example; -1 = none", -1),
+    "pooled": Field("B", "int32", "the cell that a head reads, in [0, T)"),
+    "values": Field("B", "float32", "number to predict; NaN = none", None),
+    "tags": Field("BT", "int32", "class of each cell; -1 = none", -1),
+    "span": Field("B2", "int32", "first and last cell of the answer; -1 = none", -1),
+    "allowed": Field("BT", "int32", "1 = cells that a span may lie in"),
     "entities": Field("BM", "int32", "entity read at each mention, from 1; 0 = none"),
     "entity_places": Field("BM", "int32", "first token of each mention, in [0, T)"),
     "entity_targets": Field("BM", "int32", "true entities, from 1; 0 = no mention"),
@@ -185,10 +191,11 @@ def check(batch: Mapping[str, Any], vocab_size: int) -> None:
             _check_array(where, stream[key], field, sizes)
             cells = sizes["T"] * sizes.get("G", 1)
             highs = dict(tokens=vocab_size, targets=vocab_size, places=cells)
-            high = (highs | dict(entity_places=sizes["T"])).get(key)
+            length = dict.fromkeys(("entity_places", "pooled", "span"), sizes["T"])
+            high = (highs | length).get(key)
             if key == "query_ranks":  # a stream may see less than the first rank
                 continue
-            _check_range(where, stream[key], high)
+            _check_range(where, stream[key], high, field.low)
 
 
 def _check_array(where: str, array: Any, field: Field, sizes: dict[str, int]) -> None:
@@ -198,20 +205,22 @@ def _check_array(where: str, array: Any, field: Field, sizes: dict[str, int]) ->
     if array.ndim != len(field.axes):
         raise ValueError(f"{where} has shape {array.shape}; [{field.axes}] is needed.")
     for axis, size in zip(field.axes, array.shape, strict=True):
-        if sizes.setdefault(axis, size) != size:
+        if sizes.setdefault(axis, int(axis) if axis.isdigit() else size) != size:
             raise ValueError(
                 f"{where} has shape {array.shape}; axis {axis} is {sizes[axis]} in "
                 "the fields before it."
             )
 
 
-def _check_range(where: str, array: Any, high: int | None) -> None:
+def _check_range(where: str, array: Any, high: int | None, low: int | None) -> None:
     if not array.size:
         raise ValueError(f"{where} is empty: shape {array.shape}.")
+    if low is None:
+        return
     low_seen, high_seen = array.min(), array.max()
-    if not (low_seen >= 0 and (high is None or high_seen < high)):
+    if not (low_seen >= low and (high is None or high_seen < high)):
         raise ValueError(
             f"{where} holds values from {low_seen} to {high_seen}; allowed is "
-            f"[0, {'inf' if high is None else high}). Does the model's vocabulary "
+            f"[{low}, {'inf' if high is None else high}). Does the model's vocabulary "
             "match the one that made the tokens?"
         )

@@ -15,6 +15,9 @@ bits. Parameters are read and written one by one: it takes up to three times the
 of the largest array in the checkpoint (all layers of a name), and that of a shard.
 --verify takes several times that of the model.
 
+LoRA's adapters are added to their weights; --lora=adapter writes these and what else
+was trained by themselves (`lora/NAME/a`, `/b`: W + lora_alpha / lora_rank * a b).
+
 --verify reads the files back, restacks them, and compares the logits of a fixed random
 batch (of all heads) with the checkpoint's: they must be equal bit for bit. For models
 that t5x_lite/interop/numpy_forward.py knows (T5, BERT, GPT-2, BART ...) it computes
@@ -44,7 +47,7 @@ from t5x_lite import model as model_lib
 from t5x_lite.arrays import DTYPES, FORMATS, Lazy, Slot, open_arrays, write_arrays
 from t5x_lite.config import ModelConfig
 from t5x_lite.interop import numpy_forward
-from t5x_lite.stored import open_params
+from t5x_lite.stored import as_asked
 
 LAYER = re.compile(r"/blocks/(\d+)/")
 LAYOUTS = ("unrolled", "stacked")
@@ -62,9 +65,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument(
         "--layers", choices=LAYOUTS, default="unrolled", help="an array a layer, or all"
     )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="float32", help="of the files"
-    )
+    parser.add_argument("--dtype", choices=[*DTYPES], default="float32", help="kept")
+    parser.add_argument("--lora", choices=("merged", "adapter"), help="see above")
     parser.add_argument("--verify", action="store_true", help="read back and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     flags = parser.parse_args(argv)
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None):
     check_output(output, flags.overwrite)
 
     cfg, step, meta = checkpoint.read_run(flags.workdir, flags.step)
-    arrays = open_params(flags.workdir, step)
+    cfg, arrays = as_asked(flags, cfg, step)
     if flags.layers == "unrolled" and not cfg.model.share_layers:
         arrays = unroll(arrays)
     about = {

@@ -2,22 +2,35 @@
 
     python -m t5x_lite.inspect --config=configs/bert.py:study
     python -m t5x_lite.inspect --config=configs/xlnet.py:study --cells=48 --png=see.png
+    python -m t5x_lite.inspect --dump=runs/demo/nonfinite-1234.npz
 
 For each example: what every stream reads, what is predicted where (and with what
 weight), and who sees whom: a row is a query, a column a key, # = visible. Takes every
 --config.a.b=VALUE that training takes; nothing is trained.
+
+With --dump instead of --config: the batch at which a run stopped, as text, and the
+gradient of each parameter.
 """
 
 import pathlib
+import sys
 
 import numpy as np
 
-from t5x_lite import cli, config, model, run
+from t5x_lite import cli, config, dumps, model, run
 from t5x_lite.visibility import Cells, visible
 from t5x_lite.vocab import Vocab
 
 
 def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if any(arg.partition("=")[0] == "--dump" for arg in argv):
+        parser = cli.parser(__doc__)
+        parser.add_argument("--dump", help="the .npz that the error of a run names")
+        path = pathlib.Path(parser.parse_args(argv).dump)
+        for line in dumps.show(path):
+            print(line)
+        return
     raw, flags = cli.parse_config(
         __doc__,
         argv,

@@ -13,7 +13,7 @@ from t5x_lite.sharding import constrain
 class Sums(NamedTuple):
     """float32 scalars summed over tokens; `objective` is what is differentiated."""
 
-    objective: jax.Array  # nll + z_loss
+    objective: jax.Array  # nll, smoothed if asked, + z
     nll: jax.Array  # negative log likelihood, nats
     z: jax.Array  # z_loss * log(Z)^2
     correct: jax.Array  # tokens whose most likely id is the target
@@ -36,7 +36,15 @@ def chunk_length(asked: int, batch: int, length: int, vocab: int) -> int:
 
 
 def cross_entropy(
-    x_BTD, kernel_VD, targets_BT, weights_BT, z_loss, used_ids, chunk, bias_V=None
+    x_BTD,
+    kernel_VD,
+    targets_BT,
+    weights_BT,
+    z_loss,
+    used_ids,
+    chunk,
+    bias_V=None,
+    smoothing=0.0,
 ) -> Sums:
     """Softmax cross-entropy of x @ kernel.T without holding [B, T, V] logits.
 
@@ -49,17 +57,18 @@ def cross_entropy(
       used_ids: vocabulary size; logits of the padded ids beyond it are left out.
       chunk: positions per chunk.
       bias_V: of the logits, or None.
+      smoothing: share of each target that is spread over all used ids (Szegedy et al.
+        2016, section 7); `nll` is that of the target alone.
 
     Returns:
       Sums over all tokens; only `objective` has a gradient.
     """
-    sums: Any = _cross_entropy(
-        x_BTD, kernel_VD, bias_V, targets_BT, weights_BT, z_loss, used_ids, chunk
-    )
+    arrays = (x_BTD, kernel_VD, bias_V, targets_BT, weights_BT)
+    sums: Any = _cross_entropy(*arrays, z_loss, used_ids, chunk, smoothing)
     return sums
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _cross_entropy(x_BTD, kernel_VD, bias_V, targets_BT, weights_BT, *static):
     inputs = (x_BTD, kernel_VD, bias_V, targets_BT, weights_BT)
     return _chunked(*inputs, *static, grad=False)[0]
@@ -70,7 +79,7 @@ def _forward(x_BTD, kernel_VD, bias_V, targets_BT, weights_BT, *static):
     return _chunked(*inputs, *static, grad=True)
 
 
-def _backward(z_loss, used_ids, chunk, grads, cotangent: Sums):
+def _backward(z_loss, used_ids, chunk, smoothing, grads, cotangent: Sums):
     scale = cotangent.objective
     scaled = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
     return (*scaled, None, None)
@@ -80,7 +89,16 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunked(
-    x_BTD, kernel_VD, bias_V, targets_BT, weights_BT, z_loss, used_ids, chunk, grad
+    x_BTD,
+    kernel_VD,
+    bias_V,
+    targets_BT,
+    weights_BT,
+    z_loss,
+    used_ids,
+    chunk,
+    smoothing,
+    grad,
 ):
     """-> (Sums, gradients of x, kernel and bias; None without `grad`)."""
     B, T, D = x_BTD.shape
@@ -114,14 +132,23 @@ def _chunked(
         nll = jnp.sum((log_z_BC - hit_BC) * weights_BC)
         z = jnp.sum(z_loss * log_z_BC**2 * weights_BC)
         correct = jnp.sum(jnp.where(hit_BC >= top_BC, weights_BC, 0.0))
-        new = Sums(nll + z, nll, z, correct, jnp.sum(weights_BC))
+        objective = nll + z
+        if smoothing:
+            used_BCV = jnp.where(ids_11V < used_ids, logits_BCV, 0.0)
+            mean_BC = jnp.sum(used_BCV, axis=-1) / used_ids
+            objective += smoothing * jnp.sum((hit_BC - mean_BC) * weights_BC)
+        new = Sums(objective, nll, z, correct, jnp.sum(weights_BC))
         sums = jax.tree.map(jnp.add, sums, new)
         if not grad:
             return (sums, dkernel_VD, dbias_V), None
         slope_BC = weights_BC * (1.0 + 2.0 * z_loss * log_z_BC) / total_BC
+        wanted_BC = weights_BC if not smoothing else weights_BC * (1.0 - smoothing)
         dlogits_BCV = exp_BCV * slope_BC[..., None] - jnp.where(
-            is_target_BCV, weights_BC[..., None], 0.0
+            is_target_BCV, wanted_BC[..., None], 0.0
         )
+        if smoothing:
+            spread_BC1 = weights_BC[..., None] * (smoothing / used_ids)
+            dlogits_BCV -= jnp.where(ids_11V < used_ids, spread_BC1, 0.0)
         if bias_V is not None:
             dbias_V += jnp.sum(dlogits_BCV, axis=(0, 1))
         dlogits_BCV = dlogits_BCV.astype(kernel_VD.dtype)
@@ -144,13 +171,19 @@ def _chunked(
     return sums, (dx_BTD, dkernel_VD.astype(kernel_VD.dtype), dbias_V)
 
 
-def classification(logits_BK, labels_B, weights_B) -> Sums:
+def classification(logits_BK, labels_B, weights_B, smoothing: float = 0.0) -> Sums:
     """Softmax cross-entropy of small logits [..., K] that exist already."""
     logits_BK = logits_BK.astype(jnp.float32)
     nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, labels_B)
     nll = jnp.sum(nll_B * weights_B)
     hit_B = jnp.argmax(logits_BK, axis=-1) == labels_B
-    return _sums(nll, hit_B, weights_B)
+    sums = _sums(nll, hit_B, weights_B)
+    if not smoothing:
+        return sums
+    hot_BK = jax.nn.one_hot(labels_B, logits_BK.shape[-1])
+    smooth_BK = optax.smooth_labels(hot_BK, smoothing)
+    smoothed_B = optax.softmax_cross_entropy(logits_BK, smooth_BK)
+    return sums._replace(objective=jnp.sum(smoothed_B * weights_B))
 
 
 def binary(logits_BT, labels_BT, weights_BT) -> Sums:

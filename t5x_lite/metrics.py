@@ -26,7 +26,7 @@ class Writer:
         if not active:
             return
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
-        kept = [m for m in read(self.path) if m["step"] <= after_step]
+        kept = [m for m in read(self.path, "step") if m["step"] <= after_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(m) + "\n" for m in kept))
         os.replace(temporary, self.path)
@@ -60,11 +60,30 @@ class Writer:
         self._board.close()
 
 
-def read(path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line torn by a kill is left out."""
-    path = pathlib.Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def read(path, *numbers: str) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line torn by a kill is left out.
+
+    Args:
+      numbers: that each line must hold.
+
+    Raises:
+      ValueError: naming the file and the line that is damaged.
+    """
+    path, found = pathlib.Path(path), []
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(whole, 1):
+        try:
+            row = json.loads(line)
+            ours = isinstance(row, dict)
+            if not ours or not all(isinstance(row[n], int | float) for n in numbers):
+                raise ValueError("no line of ours")
+        except (ValueError, KeyError, RecursionError) as e:
+            raise ValueError(
+                f"{path}, line {number}, is damaged ({type(e).__name__}: {e}). Remove "
+                "that line."
+            ) from e
+        found.append(row)
+    return found
 
 
 def forward_flops(cfg: ModelConfig, shapes: dict[str, tuple[int, int, int]]) -> int:

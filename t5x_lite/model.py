@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import layers, mup, positions
+from t5x_lite import heads, layers, lora, mup, positions
 from t5x_lite.config import ModelConfig
 from t5x_lite.embeddings import Classes, Inputs, Output
 from t5x_lite.model_config import base_config
@@ -22,11 +22,16 @@ class Outputs(NamedTuple):
     cells_BKE: of the predicted cells; times `output_kernel` they are logits.
     classes_BC: float32 logits of the whole example, or None.
     mentions_BMC: what the entities' embeddings are multiplied with, or None.
+    head: float32 logits of config.model.head, see `heads`; or None.
+    layers_LBTD: embeddings, then each layer's output, the last one after the final
+        norm: of the trained stream's own cells; None if not asked for.
     """
 
     cells_BKE: jax.Array
     classes_BC: jax.Array | None = None
     mentions_BMC: jax.Array | None = None
+    head: jax.Array | None = None
+    layers_LBTD: jax.Array | None = None
 
 
 class Assembly(nnx.Module):
@@ -37,8 +42,19 @@ class Assembly(nnx.Module):
         V, E = cfg.vocab_size, cfg.d_embed or cfg.d_model
         self.embedding = param((V, E), ("vocab", "embed"), weight_init(cfg, 1.0))
         self.output = Output(cfg)
-        if cfg.classes:
+        if cfg.head:
+            self.head = heads.Head(cfg)
+        elif cfg.classes:
             self.classes = Classes(cfg)
+        if cfg.mix_layers:
+            depth = cfg.depth
+            if cfg.structure == "encoder_decoder":
+                depth = cfg.decoder_layers
+            self.mix = heads.Mix(depth + 1)
+        if cfg.distill_width:
+            shape = (cfg.d_model, cfg.distill_width)
+            init = weight_init(cfg, cfg.d_model**-0.5)
+            self.distill = param(shape, ("embed", None), init)
 
     def embed(self, tokens_BT):
         # Gather the table's D first, as FSDP does with any weight: looked up with D
@@ -71,15 +87,28 @@ class Assembly(nnx.Module):
             return logits_BTV
         return logits_BTV + bias_V.astype(jnp.float32)[None, None]
 
-    def read(self, y_BTD, stream: dict) -> Outputs:
-        """Picks the predicted cells of a stack's output."""
+    def read(self, y_BTD, stream: dict, kept=None, key=None) -> Outputs:
+        """Picks the predicted cells of a stack's output, and applies the heads.
+
+        Args:
+          kept: [L, B, T, D], each layer's input, or None.
+          key: of the head's dropout.
+        """
         T = stream["tokens"].shape[1]
-        classes = self.classes(y_BTD) if self.cfg.classes else None
+        classes = self.classes(y_BTD) if hasattr(self, "classes") else None
+        own_BTD = y_BTD[:, :T]
+        states = None
+        if kept is not None:
+            states = jnp.concatenate([kept, own_BTD[None]])
+        found = None
+        if self.cfg.head and (self.cfg.head not in heads.POOLED or "pooled" in stream):
+            read_BTD = self.mix(states) if self.cfg.mix_layers else own_BTD
+            found = self.head(read_BTD, stream, key)
         y_BTD = y_BTD[:, T:] if "query_ranks" in stream else y_BTD
         if "places" in stream:
             y_BTD = jnp.take_along_axis(y_BTD, stream["places"][..., None], axis=1)
             y_BTD = constrain(y_BTD, "batch", "predicted", "residual")
-        return Outputs(self.output(y_BTD), classes)
+        return Outputs(self.output(y_BTD), classes, head=found, layers_LBTD=states)
 
 
 def context(cfg: ModelConfig, stream: dict, before: dict | None = None) -> Context:
@@ -129,26 +158,33 @@ class SingleStack(Assembly):
         self.inputs = Inputs(cfg)
         self.stack = Stack(cfg, cfg.depth, cross=False)
 
-    def states(self, batch: dict, key=None) -> jax.Array:
-        """[B, (1+G)*T, D]: the stack's output for its own cells and query streams."""
+    def states(self, batch: dict, key=None, keep: bool = False):
+        """([B, (1+G)*T, D], each layer's input [L, B, T, D] if asked to keep it).
+
+        The first is the stack's output for its own cells and query streams.
+        """
         stream, before, kept_LBMD = batch["main"], batch.get("memory"), None
         if before is not None:
             kept_LBMD = self.remember(before, layers.fold(key, 2))
-        ctx = context(self.cfg, stream, before)
+        ctx = context(self.cfg, stream, before)._replace(keep=keep)
         x_BTE = self.embed(stream["tokens"])
         x_BTD = self.inputs.with_streams(x_BTE, stream, layers.fold(key, 0))
-        y_BTD, _, _ = self.stack(x_BTD, ctx, layers.fold(key, 1), None, kept_LBMD)
-        return layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 3), along=1)
+        y_BTD, kept = self.stack(x_BTD, ctx, layers.fold(key, 1), kept_LBMD)
+        dropped = layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 3), along=1)
+        return dropped, kept
 
     def remember(self, before: dict, key=None) -> Any:
         """Each layer's input at the tokens before, without gradient: [L, B, M, D]."""
         x_BMD = self.inputs(self.embed(before["tokens"]), before, layers.fold(key, 0))
-        ctx = context(self.cfg, before)
-        _, _, kept_LBMD = self.stack(x_BMD, ctx, layers.fold(key, 1))
+        ctx = context(self.cfg, before)._replace(keep=True)
+        _, kept_LBMD = self.stack(x_BMD, ctx, layers.fold(key, 1))
         return jax.lax.stop_gradient(kept_LBMD)
 
-    def outputs(self, batch: dict, key=None) -> Outputs:
-        return self.read(self.states(batch, key), batch["main"])
+    def outputs(self, batch: dict, key=None, keep: bool = False) -> Outputs:
+        """Args: keep: give each layer's states, too."""
+        keep = keep or self.cfg.mix_layers
+        y_BTD, kept = self.states(batch, key, keep)
+        return self.read(y_BTD, batch["main"], kept, layers.fold(key, 4))
 
 
 class EncoderDecoder(Assembly):
@@ -172,11 +208,13 @@ class EncoderDecoder(Assembly):
         x_BSD = self.encoder_inputs(x_BSE, stream, layers.fold(key, 0))
         ctx = context(self.cfg, stream)
         ctx = ctx._replace(seen="all" if self.cfg.unpadded else "mask")
-        x_BSD, _, _ = stack(x_BSD, ctx, layers.fold(key, 1))
+        x_BSD, _ = stack(x_BSD, ctx, layers.fold(key, 1))
         return layers.dropout(x_BSD, self.cfg.dropout, layers.fold(key, 2), along=1)
 
-    def decode(self, stream: dict, memory_BSD, memory_cells: Cells, key=None):
-        """Decoder output [B, (1+G)*T, D]."""
+    def decode(
+        self, stream: dict, memory_BSD, memory_cells: Cells, key=None, keep=False
+    ):
+        """(decoder output [B, (1+G)*T, D], each layer's input if asked to keep it)."""
         cells, G = Cells.of(stream), self.cfg.query_streams
         queries = Cells(*(jnp.concatenate([c] * (1 + G), axis=1) for c in cells))
         # Cross-attention asks for the segment only: every token of it has rank 0.
@@ -187,17 +225,22 @@ class EncoderDecoder(Assembly):
             causal=True,
             seen="causal" if self.cfg.unpadded else "mask",
             memory_seen="all" if self.cfg.unpadded else "mask",
+            keep=keep,
         )
         x_BTE = self.embed(stream["tokens"])
         x_BTD = self.decoder_inputs.with_streams(x_BTE, stream, layers.fold(key, 0))
-        y_BTD, _, _ = self.decoder(x_BTD, ctx, layers.fold(key, 1))
-        return layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 2), along=1)
+        y_BTD, kept = self.decoder(x_BTD, ctx, layers.fold(key, 1))
+        dropped = layers.dropout(y_BTD, self.cfg.dropout, layers.fold(key, 2), along=1)
+        return dropped, kept
 
-    def outputs(self, batch: dict, key=None) -> Outputs:
+    def outputs(self, batch: dict, key=None, keep: bool = False) -> Outputs:
+        """Args: keep: give each of the decoder's layers' states, too."""
         memory_BSD = self.encode(batch["encoder"], layers.fold(key, 0))
-        cells = Cells.of(batch["encoder"])
-        y_BTD = self.decode(batch["decoder"], memory_BSD, cells, layers.fold(key, 1))
-        return self.read(y_BTD, batch["decoder"])
+        cells, keep = Cells.of(batch["encoder"]), keep or self.cfg.mix_layers
+        y_BTD, kept = self.decode(
+            batch["decoder"], memory_BSD, cells, layers.fold(key, 1), keep
+        )
+        return self.read(y_BTD, batch["decoder"], kept, layers.fold(key, 2))
 
 
 ASSEMBLIES = {
@@ -216,10 +259,10 @@ def trained_stream(cfg: ModelConfig) -> str:
 
 def build(cfg: ModelConfig) -> Any:
     """The model of a config; allocates nothing."""
+    net = _standard(cfg)
     if cfg.parametrisation == "mup":
-        base = _standard(base_config(cfg))
-        return mup.parametrised(_standard(cfg), base, cfg)
-    return _standard(cfg)
+        net = mup.parametrised(net, _standard(base_config(cfg)), cfg)
+    return lora.adapted(net, cfg) if cfg.lora_rank else net
 
 
 def _standard(cfg: ModelConfig) -> Any:
@@ -234,8 +277,15 @@ def _standard(cfg: ModelConfig) -> Any:
     return ASSEMBLIES[cfg.structure](cfg)
 
 
-def bind(model: nnx.Module, params: dict) -> Any:
-    """The model with `params` (nested dict of arrays, see `parameters.declared`)."""
+def bind(model: nnx.Module, params: dict, dtype=None) -> Any:
+    """The model with `params` (nested dict of arrays, see `parameters.declared`).
+
+    Adapters are added to the weights that they are of, before these are cast to `dtype`
+    (None = as they are).
+    """
+    params = lora.merged(params, model)
+    if dtype is not None:
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
     graph, _ = nnx.split(model)
     return nnx.merge(graph, params)
 

@@ -21,6 +21,7 @@ POSITIONS = (
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("einsum", "rows", "cudnn")
 REMAT = ("none", "full", "dots", "dots_no_batch")
+HEADS = ("", "class", "regression", "choice", "similarity", "tags", "span")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,21 @@ class ModelConfig:
     position_offset: int = key(0, "first row used (RoBERTa, BART: 2)", low=0)
     types: int = key(0, "rows of sentence-type embeddings; 0 = none", low=0)
     classes: int = key(0, "classes of the whole example; 0 = no such head", low=0)
+    head: str = key("", "what is read off for a task; see heads.py", among=HEADS)
+    head_pooler: bool = key(True, "dense and tanh before it (BERT; GPT-1: no)")
+    choices: int = key(0, "head='choice': rows that one is chosen of", low=0)
+    mix_layers: bool = key(False, "the head reads a learned mix of all layers (ELMo)")
+    lora_rank: int = key(0, "rank r of LoRA's adapters; 0 = none", low=0)
+    lora_alpha: float = key(16.0, "adapters are multiplied by alpha / r", low=0.0)
+    lora_targets: str = key(
+        r".*/(attention|cross)/(query|value)", "regex of the weights that get one"
+    )
+    lora_trained: str = key(
+        r"(head|mix)/.*", "regex of what else is trained; the rest is frozen"
+    )
+    distill_width: int = key(
+        0, "of a teacher whose states the student's are projected to; 0 = none", low=0
+    )
     query_streams: int = key(0, "query streams (XLNet 1, ProphetNet n)", low=0)
     memory_length: int = key(0, "tokens read before the stream (XLNet)", low=0)
     window: int = key(0, "positions that banded layers look back; 0 = all", low=0)
@@ -186,7 +202,34 @@ def mup_problems(m: ModelConfig):
 def problems(m: ModelConfig):
     """Yields one line for each pair of keys that do not fit together."""
     single = m.structure != "encoder_decoder"
+    own_outputs = m.generator_width or m.d_entity
+    classified = m.head in ("class", "tags", "similarity")
     rows = (
+        (
+            classified and m.classes < (1 if m.head == "similarity" else 2),
+            f"classes={m.classes}: head={m.head!r} needs how many there are"
+            + (" (1 = a number)." if m.head == "similarity" else ", 2 or more."),
+        ),
+        (
+            m.head in ("regression", "choice", "span") and m.classes,
+            f"classes={m.classes}: head={m.head!r} has none. Set it to 0.",
+        ),
+        (
+            (m.head == "choice") != (m.choices > 1),
+            f"choices={m.choices} with head={m.head!r}: head='choice' needs the number "
+            "of rows that one is chosen of, 2 or more; any other head has 0.",
+        ),
+        (
+            m.mix_layers and not m.head,
+            "mix_layers=True needs a head that reads the mix. Set head, or False.",
+        ),
+        (
+            own_outputs and (m.head or m.mix_layers or m.distill_width),
+            f"head={m.head!r}, mix_layers={m.mix_layers}, distill_width="
+            f"{m.distill_width} do not go with generator_width={m.generator_width} "
+            f"(ELECTRA) or d_entity={m.d_entity} (ERNIE). Set these to 0: a fine-tuned "
+            "run may start from one of their runs by config.init_rules.",
+        ),
         (
             m.d_embed and not m.transform_output,
             f"d_embed={m.d_embed} needs transform_output=True, which maps the stack's "

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from t5x_lite import mup, parameters
+from t5x_lite import mup, parameters, recipes
 from t5x_lite.config import Config, OptimConfig
+from t5x_lite.parameters import name_of
 
 
 def schedule(cfg: Config) -> optax.Schedule:
@@ -93,15 +94,23 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
     Weight decay is decoupled and scaled by the learning rate (Loshchilov & Hutter
     2019), for Adafactor too; LAMB (You et al. 2020) scales it with the update by each
     layer's trust ratio. A learning-rate multiplier of 0 freezes a parameter: no
-    update, no optimizer state, no share in the gradient norm.
+    update, no optimizer state, no share in the gradient norm. See `recipes` for what
+    else freezes, and for rates by layer.
+
+    Its `update` takes `start`, the parameters that config.optim.l2_start pulls to.
     """
     o, params = cfg.optim, parameters.declared(model)
-    rate = table("config.optim.lr_rules", o.lr_rules, params)
+    rate: dict[str, Any] = table("config.optim.lr_rules", o.lr_rules, params)
     decay = table("config.optim.decay_rules", o.decay_rules, params)
-    frozen = {name for name in params if rate[name] == 0.0}
+    frozen = recipes.frozen(cfg, rate)
+    start = recipes.starts(cfg, params)
+    if o.layer_decay != 1.0:
+        layers = recipes.layer_factors(cfg, params)
+        rate = {name: layers[name] * factor for name, factor in rate.items()}
+    uneven = any(np.ndim(f) or f not in (0.0, 1.0) for f in rate.values())
 
-    def leafwise(values: dict[str, float]):
-        """Multiplies updates by a static number per parameter."""
+    def leafwise(values: dict[str, Any]):
+        """Multiplies updates by a static number per parameter, or per layer."""
 
         def update(updates, params):
             del params
@@ -113,7 +122,9 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
 
     # Always the same parts: a checkpoint fits whichever of them are switched on.
     nothing = optax.identity()
-    decayed = decayed_weights(o.weight_decay, decay) if o.weight_decay else nothing
+    decayed = nothing
+    if o.weight_decay or o.l2_start:
+        decayed = recipes.decayed(o.weight_decay, decay, o.l2_start)
     eps = o.eps * mup.gradient_scale(cfg.model)
     if o.name == "adamw":
         core = optax.scale_by_adam(o.beta1, o.beta2, eps)
@@ -128,15 +139,20 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
         core = per_matrix(adafactor(o), model)
     if cfg.model.parametrisation == "mup":
         core = multiplied(core, mup.rates(params, o.name))
+    clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else nothing
+    if o.unfreeze:
+        clip = optax.chain(recipes.gate(start), clip)
+        core = recipes.unfreezing(optax.chain(core, decayed), start)
+        decayed = nothing
     chain = optax.chain(
-        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else nothing,
+        clip,
         core,
         decayed,
-        leafwise(rate) if set(rate.values()) - {0.0, 1.0} else nothing,
+        leafwise(rate) if uneven else nothing,
         optax.scale_by_learning_rate(schedule(cfg)),
     )
     if not frozen:
-        return chain
+        return optax.with_extra_args_support(chain)
 
     def labels(tree):
         return jax.tree.map_with_path(
@@ -144,6 +160,13 @@ def make(cfg: Config, model: nnx.Module) -> optax.GradientTransformation:
         )
 
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)
+
+
+def trainable(cfg: Config, model: nnx.Module) -> set[str]:
+    """Names of the parameters that a gradient is made for."""
+    params = parameters.declared(model)
+    rate = table("config.optim.lr_rules", cfg.optim.lr_rules, params)
+    return params.keys() - recipes.frozen(cfg, rate)
 
 
 def multiplied(tx: optax.GradientTransformation, values: dict[str, float]):
@@ -161,18 +184,6 @@ def multiplied(tx: optax.GradientTransformation, values: dict[str, float]):
         return jax.tree.map_with_path(times, updates), state
 
     return optax.GradientTransformation(tx.init, update)
-
-
-def decayed_weights(weight_decay: float, multiplier: dict[str, float]):
-    """Adds weight_decay * multiplier[name] * parameter to the updates."""
-
-    def update(updates, params):
-        def add(path, u, p):
-            return u + weight_decay * multiplier[name_of(path)] * p
-
-        return jax.tree.map_with_path(add, updates, params)
-
-    return optax.stateless(update)
 
 
 def adafactor(o: OptimConfig) -> optax.GradientTransformation:
@@ -242,11 +253,6 @@ def per_matrix(tx: optax.GradientTransformation, model: nnx.Module):
     return optax.GradientTransformation(init, update)
 
 
-def name_of(path) -> str:
-    """'encoder/blocks/attention/query' from a tree path; tuple fields are skipped."""
-    return "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-
-
 def state_axes(path, leaf, params: dict[str, nnx.Param]) -> tuple:
     """Logical axes of one leaf of the optimizer state, from its path and shape.
 
@@ -255,8 +261,8 @@ def state_axes(path, leaf, params: dict[str, nnx.Param]) -> tuple:
       leaf: anything with a shape.
       params: `parameters.declared(model)`.
     """
-    # optax.partition (frozen parameters) keeps the chain's state under 'trained'.
-    p = params.get(name_of(path).removeprefix("trained/"))
+    # optax.partition keeps states under 'trained' (frozen ones) and 'from STEP'.
+    p = params.get(re.sub(r"^(trained/)?(from \d+/)?", "", name_of(path)))
     if p is None or leaf.ndim == 0:
         return (None,) * leaf.ndim
     if leaf.shape == p.get_value().shape:

@@ -4,11 +4,15 @@ Modules only declare parameters and say how to use them; building one allocates 
 """
 
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
+from t5x_lite import sharding
 from t5x_lite.config import ModelConfig
 
 ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
@@ -54,6 +58,21 @@ def init_params(model: nnx.Module, key: jax.Array, only: str = "") -> dict:
     return nested({path: draw(path, p) for path, p in chosen})
 
 
+def spread(model: nnx.Module, params: dict, mesh: Mesh, rules: Mapping) -> dict:
+    """Parameters at their places in a mesh, see `sharding.spec`."""
+
+    def put(name: str, p: nnx.Param):
+        leaf: Any = params
+        for part in name.split("/"):
+            leaf = leaf[part]
+        axes = p.get_metadata()["axes"]
+        partition = sharding.spec(name, axes, leaf.shape, rules, mesh)
+        return jax.device_put(leaf, NamedSharding(mesh, partition))
+
+    flat = declared(model).items()
+    return nested({tuple(name.split("/")): put(name, p) for name, p in flat})
+
+
 def nested(flat: dict) -> dict:
     """{('a', 'b'): x} -> {'a': {'b': x}}"""
     return nnx.traversals.unflatten_mapping(flat)
@@ -69,3 +88,8 @@ def weight_init(cfg: ModelConfig, fan_in_std: float, *, residual: bool = False):
     if residual and cfg.init_residual:
         std *= (2 * cfg.decoder_layers) ** -0.5
     return normal(std)
+
+
+def name_of(path) -> str:
+    """'encoder/blocks/attention/query' from a tree path; tuple fields are skipped."""
+    return "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

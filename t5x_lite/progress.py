@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import tqdm
 
-from t5x_lite import config, evaluate, hardware, metrics, run
+from t5x_lite import config, evaluate, guard, hardware, heads, metrics, run
 
 # What depends on the clock or the machine; two runs agree in everything else.
 CLOCKED = (
@@ -39,19 +38,21 @@ class StepLog:
 
     Args:
       first: steps done before.
+      watch: sees every step.
       timings: seconds of each phase of the start-up; `started` records them.
     """
 
     def __init__(
         self,
-        cfg: config.Config,
         setup: run.Setup,
         writer,
         first: int,
         workdir: pathlib.Path,
         timings: dict[str, float],
+        watch: guard.Guard,
     ):
-        self.cfg, self.setup, self.writer = cfg, setup, writer
+        cfg = setup.cfg
+        self.cfg, self.setup, self.writer, self.watch = cfg, setup, writer, watch
         self.first, self.workdir, self.timings = first, workdir, timings
         self.pending = collections.deque()
         self.began = time.time() - sum(timings.values())
@@ -131,32 +132,34 @@ class StepLog:
         self.spent.data += self.waited
         self.useful += seconds - self.waited
         self.restart_clock()
-        sums, others = host["sums"]["tokens"], evaluate.others(host["sums"])
+        main = heads.main(self.cfg.model)
+        sums, others = host["sums"][main], evaluate.others(host["sums"], main)
         weight = max(float(sums.weight), 1.0)
         loss = float(sums.nll) / weight
-        norm = float(host["grad_norm"])
-        # Checked before any save: every fetched step comes before it.
-        if not all(map(math.isfinite, (loss, norm, *others.values()))):
-            raise FloatingPointError(
-                f"step {now} has loss {loss}, gradient norm {norm} {others or ''}. "
-                "Lower config.optim.learning_rate or set config.optim.clip_norm, then "
-                "run again: it resumes from the last checkpoint."
-            )
+        finite = bool(host["finite"])
+        # Before any save: every fetched step comes before it.
+        found = self.watch.see(now, loss, finite, host["grad_norms"])
         self.bar.update()
         speed = f"{self.setup.tokens_per_step / seconds:,.0f} tokens/s"
         if self.peak:
             speed += f", MFU {self.flops / seconds / self.peak:.1%}"
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}", False)
-        if now % self.cfg.log_every == 0:
+        if now % self.cfg.log_every == 0 or found:
+            if finite:  # numbers that are not have no place in JSON
+                found |= dict(
+                    loss=loss,
+                    z_loss=float(sums.z) / weight,
+                    accuracy=float(sums.correct) / weight,
+                    **others,
+                    grad_norm=float(host["grad_norm"]),
+                )
             self.writer.write(
                 now,
-                loss=loss,
-                z_loss=float(sums.z) / weight,
-                accuracy=float(sums.correct) / weight,
-                **others,
-                grad_norm=norm,
+                **found,
                 learning_rate=float(host["learning_rate"]),
-                epoch=self.setup.epoch(now - 1),
+                epoch=self.setup.epoch(self.watch.left_out.index(now - 1)),
+                **self.setup.epochs(self.watch.left_out.index(now - 1) + 1),
+                nonpadding=float(host["nonpadding"]),
                 fingerprint=f"{int(host['fingerprint']):08x}",
                 **self._clocked(),
             )
@@ -175,7 +178,9 @@ class StepLog:
         }
         if self.peak:
             found["mfu"] = self.flops / step / self.peak
-        found["goodput"] = self.useful / (time.time() - self.run_began)
+        # A clock that was set back makes the run look shorter than what it did.
+        elapsed = max(time.time() - self.run_began, self.useful)
+        found["goodput"] = self.useful / elapsed if elapsed else 0.0
         found["useful_seconds"] = self.useful
         stats = [d.memory_stats() for d in jax.local_devices()]
         for key, of in (("", "bytes_in_use"), ("peak_", "peak_bytes_in_use")):
@@ -186,7 +191,7 @@ class StepLog:
 
 def _first_start(workdir: pathlib.Path) -> float | None:
     """When the run began, in seconds since 1970; None if it has no session yet."""
-    sessions = metrics.read(workdir / "sessions.jsonl")
+    sessions = metrics.read(workdir / "sessions.jsonl", "began")
     return sessions[0]["began"] if sessions else None
 
 

@@ -1,6 +1,7 @@
 """Texts of people -> what a model reads, and what it wrote -> text."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -31,11 +32,15 @@ class Task(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """A text, what was put into each of its gaps, and its score (log-probability)."""
+    """A text, what was put into each of its gaps, and its score (log-probability).
+
+    others: what else was written, if more than one answer was asked for.
+    """
 
     pieces: list[str]
     fills: list[str]
     score: float
+    others: Sequence["Filled"] = ()
 
     def joined(self, marks: str = "[]") -> str:
         """The whole text, each fill between the two marks ('' = none)."""
@@ -52,6 +57,13 @@ def task_of(cfg: Config) -> Task:
     """
     knobs = dict(cfg.objective)
     name, structure = knobs.pop("name"), cfg.model.structure
+    if cfg.model.head:
+        raise ValueError(
+            f"this run answers with a head (config.model.head={cfg.model.head!r}) and "
+            "neither fills nor writes text. Ask it by `python -m t5x_lite.evaluate`."
+        )
+    if cfg.data.tasks:
+        return Task("continue")  # labelled tasks as text: inputs, EOS, targets
     if structure == "encoder":
         if knobs.get("similar"):
             _refuse(name, "with similar words in place of [MASK], so it knows no gap")
@@ -133,6 +145,14 @@ def encode(
             ids.append([words.sentinel(i)])
     ids.append(_marks(task.after, words))
     return np.concatenate(ids).astype(np.int32)
+
+
+def prefix(text: str, words: Vocab, task: Task) -> np.ndarray:
+    """Ids [T] int32 that an answer begins with: of the text that goes on, or gap 0."""
+    if not text:
+        return np.zeros(0, np.int32)
+    sentinel = [words.sentinel(0)] if task.kind == "gaps" else []
+    return np.append(sentinel, _encode_piece(text, True, words)).astype(np.int32)
 
 
 def _marks(names: tuple[str, ...], words: Vocab) -> list[int]:

@@ -1,6 +1,18 @@
-"""What a run leaves for people: summary.txt and loss.png."""
+"""One page of a run to look at: curves, metrics, examples, attention, config.
+
+    python -m t5x_lite.report --workdir=runs/demo
+    python -m t5x_lite.report --workdir=runs/demo --text="It is a truth acknowledged" \\
+        --output=demo.html
+
+Writes WORKDIR/report.html, a single file that opens anywhere: loss curves and every
+other number of metrics.jsonl, evaluations, held-out examples coloured by the
+probabilities of what is predicted, what the model writes, attention maps of a sentence,
+config and environment. Of a run whose data are not here, or that has no checkpoint yet,
+the page holds the rest and says so.
+"""
 
 import importlib.metadata
+import json
 import pathlib
 import platform
 import subprocess
@@ -10,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from t5x_lite import __version__, metrics, parameters, state
+from t5x_lite import __version__, cli, metrics, parameters, state
 from t5x_lite.config import Config
 
 PACKAGES = (
@@ -25,6 +37,51 @@ PACKAGES = (
     "ml-collections",
     "numpy",
 )
+
+
+def main(argv: list[str] | None = None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--workdir", required=True, help="directory of a training run")
+    parser.add_argument("--output", help="page to write; default WORKDIR/report.html")
+    parser.add_argument("--text", default="", help="sentence of the attention maps")
+    parser.add_argument("--step", type=int, default=-1, help="checkpoint; -1 = latest")
+    parser.add_argument("--examples", type=int, default=4, help="held-out examples")
+    flags = parser.parse_args(argv)
+    workdir = pathlib.Path(flags.workdir)
+    if flags.examples < 1:
+        raise ValueError(f"--examples={flags.examples} must be at least 1.")
+    if not (workdir / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--workdir={flags.workdir} has no config.json: it is not the directory of "
+            "a training run. Give that of `train --workdir`."
+        )
+    output = pathlib.Path(flags.output or workdir / "report.html")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output={output}: its directory is missing.")
+    write_page(workdir, output, flags)
+    print(f"report  {output}")
+
+
+def write_page(workdir: pathlib.Path, output: pathlib.Path, flags):
+    from t5x_lite import report_page as page  # draws: not for every start
+
+    about = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    rows, sessions = page.rows_of(workdir)
+    asked, probed = page.probed(workdir, flags.step, flags.text, flags.examples)
+    versions = about.get("versions", {})
+    last = rows[-1]["step"] if rows else 0
+    page.write(
+        output,
+        f"Run {workdir.absolute().name}",
+        f"Step {last}; code at {versions.get('git', 'unknown')}. {asked}",
+        [
+            ("curves", "Curves", page.curves(rows)),
+            ("metrics", "Evaluations", page.evaluations(workdir)),
+            *probed,
+            ("config", "Config", page.settings(about, workdir)),
+            ("environment", "Environment", page.environment(about, sessions)),
+        ],
+    )
 
 
 def git_revision() -> str:
@@ -129,3 +186,7 @@ def plot_loss(rows: list[dict], path, unigram: float | None):
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(main)

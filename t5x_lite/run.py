@@ -1,6 +1,7 @@
 """Everything a config resolves to: vocabulary, data, mesh, model, optimizer, state."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import pathlib
@@ -13,22 +14,28 @@ from jax.sharding import Mesh, NamedSharding
 
 from t5x_lite import config as config_lib
 from t5x_lite import (
+    distill,
     entities,
+    heads,
     metrics,
+    moments,
     optim,
     sharding,
     state,
+    step,
     visibility,
     vocab,
     warmstart,
 )
 from t5x_lite import model as model_lib
-from t5x_lite.data import pipeline, store
+from t5x_lite.data import mixture
+from t5x_lite.data.batches import AnyBatches
 from t5x_lite.kernels import attention
 from t5x_lite.objectives.entities import load_entities
 from t5x_lite.vocab import Vocab
 
 MOST_PADDED_IDS = 1024
+HEAD_BATCHES = 64  # of training examples whose answers the baseline counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +44,8 @@ class Setup:
 
     cfg: config_lib.Config
     vocab: Vocab
-    train_batches: pipeline.Batches
-    heldout_batches: pipeline.Batches
+    train_batches: AnyBatches
+    heldouts: dict[str, AnyBatches]
     mesh: Mesh
     model: nnx.Module
     tx: optax.GradientTransformation
@@ -66,35 +73,29 @@ class Setup:
         tx = optim.make(cfg, net)
         abstract = state.abstract(net, tx, mesh, rules, cfg.optim.offload)
 
-        knobs = dict(cfg.objective)
-        shared: dict[str, Any] = dict(
-            objective=knobs.pop("name"),
-            knobs=knobs,
-            structure=cfg.model.structure,
-            inputs_length=cfg.data.inputs_length,
-            memory_length=cfg.model.memory_length,
-            train_inputs=cfg.data.train_inputs,
-            static_noise=cfg.data.static_noise,
-            batch_size=cfg.data.batch_size,
-            seed=cfg.seed,
-            rows=sharding.local_rows(rows, cfg.data.batch_size),
-        )
-
-        def batches(key: str, source: str, evaluation: bool) -> pipeline.Batches:
-            tokens = store.open_store(source, words, cfg.data.cache_dir)
-            try:
-                return pipeline.Batches(tokens, words, evaluation=evaluation, **shared)
-            except ValueError as e:
-                if str(e).startswith("config."):  # not the corpus's fault
-                    raise
-                raise ValueError(f"{key}={source!r}: {e}") from e
-
-        train = batches("config.data.train", cfg.data.train, False)
+        of_host = sharding.local_rows(rows, cfg.data.batch_size)
+        train = mixture.train(cfg, words, of_host)
         check_fit(cfg, train)
         lengths = {T * (1 + G) for T, _, G in train.shapes.values()}
         attention.check(cfg.model, mesh, sorted(lengths))
-        heldout = batches("config.data.heldout", cfg.data.heldout, True)
-        return cls(cfg, words, train, heldout, mesh, net, tx, abstract, rows)
+        heldouts = mixture.heldouts(cfg, words, of_host)
+        return cls(cfg, words, train, heldouts, mesh, net, tx, abstract, rows)
+
+    @property
+    def heldout_batches(self) -> AnyBatches:
+        """The first held-out set, for what needs a few examples."""
+        return next(iter(self.heldouts.values()))
+
+    @property
+    def heldout_shares(self) -> dict[str, float]:
+        """Weight of each held-out set: the part of the run that its source is."""
+        if not isinstance(self.train_batches, mixture.MixedBatches):
+            return dict.fromkeys(self.heldouts, 1 / len(self.heldouts))
+        shares = self.train_batches.shares(self.cfg.steps * self.cfg.data.batch_size)
+        total = sum(shares[name] for name in self.heldouts)
+        if not total:  # only sources that the run never reads
+            return dict.fromkeys(self.heldouts, 1 / len(self.heldouts))
+        return {name: shares[name] / total for name in self.heldouts}
 
     @property
     def lead(self) -> bool:
@@ -112,16 +113,15 @@ class Setup:
 
     def headline(self) -> str:
         counts = f"{model_lib.parameter_count(self.model):,} parameters"
-        s = self.train_batches.store
-        epochs = (
-            self.cfg.steps
-            * self.cfg.data.batch_size
-            / self.train_batches.examples_per_epoch
+        examples = self.cfg.steps * self.cfg.data.batch_size
+        epochs = self.train_batches.epochs(examples)
+        times = ", ".join(
+            f"{n:.2f} epochs" + f" of {of}" * bool(of) for of, n in epochs.items()
         )
         devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
         return (
-            f"{self.cfg.model.structure}, {counts}; {s.n_tokens:,} tokens in "
-            f"{s.n_documents:,} documents, {epochs:.2f} epochs; "
+            f"{self.cfg.model.structure}, {counts}; "
+            f"{self.train_batches.describe()}, {times}; "
             f"{jax.device_count()} x {devices}"
         )
 
@@ -129,12 +129,20 @@ class Setup:
         """Epoch of the first example of the step after `step` steps."""
         return step * self.cfg.data.batch_size // self.train_batches.examples_per_epoch
 
+    def epochs(self, step: int) -> dict[str, float]:
+        """Of each source of a mixture, after `step` steps; {} for a single one."""
+        found = self.train_batches.epochs(step * self.cfg.data.batch_size)
+        return {f"epochs/{name}": n for name, n in found.items() if name}
+
     def data_identity(self) -> dict:
         """What the content of the batches depends on beside the config."""
-        found = {
-            "vocab": self.vocab.fingerprint,
-            "train": self.train_batches.store.fingerprint,
-        }
+        found: dict[str, Any] = {"vocab": self.vocab.fingerprint}
+        if isinstance(self.train_batches, mixture.MixedBatches):
+            for name, member in self.train_batches.members.items():
+                found[f"train/{name}"] = member.fingerprint
+            found["rates"] = self.train_batches.mix.phase_rates()
+        else:
+            found["train"] = self.train_batches.fingerprint
         for knob in ("spans", "similar", "entities"):
             path = self.cfg.objective.get(knob)
             if path:
@@ -166,16 +174,51 @@ class Setup:
         if source or self.cfg.init_from:
             given = self.abstract_state["params"], fresh["params"]
             fresh |= {"params": warmstart.params(self.cfg, *given, source, step)}
+        if not source and self.cfg.init_optimizer == "restore":
+            fresh |= {"opt": moments.restore(self.cfg, self.abstract_state["opt"])}
         return fresh
 
-    def heldout_steps(self) -> range:
-        """Indices of the held-out batches to evaluate on."""
-        have = len(self.heldout_batches)
+    @functools.cached_property
+    def predict_step(self):
+        """What a model with a head says of a batch, jitted."""
+        return jax.jit(step.make_predict_step(self.model, self.cfg))
+
+    @functools.cached_property
+    def teacher(self) -> distill.Teacher | None:
+        """Of config.distill."""
+        return distill.Teacher.of(self.cfg, self.vocab)
+
+    def beside(self) -> dict:
+        """Arrays that a step reads and no checkpoint holds; made again at a resume."""
+        found = {}
+        if self.cfg.optim.l2_start:
+            found["start"] = warmstart.start(self.cfg, self.abstract_state["params"])
+        if self.teacher is not None:
+            found["teacher"] = self.teacher.params(self.mesh, self.cfg.sharding.rules)
+        return found
+
+    def heldout_identity(self) -> dict[str, str]:
+        """Fingerprint of each held-out set."""
+        return {f"heldout/{name}": b.fingerprint for name, b in self.heldouts.items()}
+
+    def heldout_steps(self, batches: AnyBatches) -> range:
+        """Indices of the batches of a held-out set to evaluate on."""
+        have = len(batches)
         return range(min(have, self.cfg.eval_batches or have))
 
     def unigram_loss(self, tokens: int = 1_000_000) -> float:
         """Loss of the context-free guess on the held-out targets, in nats per token."""
         stream = model_lib.trained_stream(self.cfg.model)
+        if self.cfg.model.head:
+            return heads.baseline(
+                self.cfg.model,
+                (self.train_batches.whole(i)[stream] for i in range(HEAD_BATCHES)),
+                (
+                    batches.whole(i)[stream]
+                    for batches in self.heldouts.values()
+                    for i in self.heldout_steps(batches)
+                ),
+            )
         _, predicted, _ = self.train_batches.shapes[stream]
         per_batch = self.cfg.data.batch_size * predicted
         enough = math.ceil(tokens / per_batch)
@@ -186,18 +229,30 @@ class Setup:
                 trained = batches.whole(i)[stream]
                 yield trained["targets"], trained["weights"]
 
-        return metrics.unigram_loss(
-            pairs(self.train_batches, range(max(1, min(enough, epoch)))),
-            pairs(self.heldout_batches, self.heldout_steps()),
-            self.vocab.size,
+        seen = list(pairs(self.train_batches, range(max(1, min(enough, epoch)))))
+        return sum(
+            share
+            * metrics.unigram_loss(
+                seen,
+                pairs(self.heldouts[name], self.heldout_steps(self.heldouts[name])),
+                self.vocab.size,
+            )
+            for name, share in self.heldout_shares.items()
         )
 
 
-def check_fit(cfg: config_lib.Config, batches: pipeline.Batches):
+def alone(cfg: config_lib.Config) -> config_lib.Config:
+    """The config on one device, whatever mesh the run was on."""
+    one = dict(data=-1, fsdp=1, tensor=1, sequence=1, dcn_data=-1, dcn_fsdp=1)
+    mesh = dataclasses.replace(cfg.sharding, **one)
+    return dataclasses.replace(cfg, sharding=mesh)
+
+
+def check_fit(cfg: config_lib.Config, batches: AnyBatches):
     """Refuses an objective whose batches the model cannot read."""
     name, model = cfg.objective["name"], cfg.model
     T, _, streams = batches.shapes[model_lib.trained_stream(model)]
-    if streams != model.query_streams:
+    if streams != model.query_streams and not model.head:
         raise ValueError(
             f"config.objective.name={name!r} fills {streams} query stream(s), but "
             f"config.model.query_streams={model.query_streams}. Set it to {streams}."
@@ -224,9 +279,11 @@ def check_fit(cfg: config_lib.Config, batches: pipeline.Batches):
             f"config.model.generator_width={model.generator_width} (ELECTRA) needs an "
             f"objective that predicts masked places, masked_lm; here is {name!r}."
         )
+    if model.head:
+        heads.check_batch(model, stream)
     sentence = cfg.objective.get("sentence", "none")
     wanted = {"none": 0, "three_way": 3}.get(sentence, 2) if "labels" in stream else 0
-    if wanted != model.classes:
+    if wanted != model.classes and not model.head:
         raise ValueError(
             f"config.model.classes={model.classes}, but config.objective "
             f"{dict(cfg.objective)} labels whole examples in {wanted} classes. Set it "
@@ -235,9 +292,9 @@ def check_fit(cfg: config_lib.Config, batches: pipeline.Batches):
     types = int(stream["types"].max()) + 1 if "types" in stream else 0
     if model.types and types > model.types:
         raise ValueError(
-            f"config.model.types={model.types}, but config.objective "
-            f"{dict(cfg.objective)} makes {types} sentence types. Set it to {types}, "
-            "or to 0 to ignore them."
+            f"config.model.types={model.types}, but "
+            f"{', '.join(cfg.data.tasks) or name} makes {types} sentence types. "
+            f"Set config.model.types to {types}, or to 0 to ignore them."
         )
     if cfg.data.train_inputs and model.structure != "decoder":
         raise ValueError(

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +37,29 @@ class Sampling:
                 "(greedy). Set a temperature, 1.0 say."
             )
 
-    def key(self, given: jax.Array | None) -> jax.Array:
-        """The key to draw with; greedy needs none.
 
-        Raises:
-          ValueError: if there is none and the tokens are sampled.
-        """
-        if given is None and self.temperature:
-            raise ValueError(f"temperature={self.temperature} samples: give a key.")
-        return jax.random.key(0) if given is None else given
+def row_keys(given: jax.Array | None, rows: int, how: Sampling) -> jax.Array:
+    """A key for each row [B]: those given, or folded from one by the row's number.
+
+    Raises:
+      ValueError: if there is none and the tokens are sampled; greedy needs none.
+    """
+    if given is None and how.temperature:
+        raise ValueError(f"temperature={how.temperature} samples: give a key.")
+    one = jax.random.key(0) if given is None else given
+    return one if one.ndim else folded(one, jnp.arange(rows))
+
+
+def folded(key: jax.Array, numbers_B) -> jax.Array:
+    """Keys [B] of one key and a number each, or of B keys and one number."""
+    many = (0, None) if key.ndim else (None, 0)
+    return jax.vmap(jax.random.fold_in, many)(key, numbers_B)
+
+
+def sample_keys(seed: int, numbers_B: np.ndarray, copies: int = 1) -> jax.Array:
+    """A key for each of `copies` samples of each text, by the text's number alone."""
+    keys_B = folded(jax.random.key(seed), jnp.asarray(numbers_B))
+    return jax.vmap(lambda key: folded(key, jnp.arange(copies)))(keys_B).reshape(-1)
 
 
 def restrict(logits_BV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
@@ -67,9 +82,18 @@ def restrict(logits_BV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Ar
     return logits_BV
 
 
-def draw(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
-    """Token ids [B] int32."""
+def draw(logits_BV: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:
+    """Token ids [B] int32; each row with its own key, whatever stands beside it."""
     if how.temperature == 0.0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return most_likely(logits_BV)
     logits_BV = restrict(logits_BV / how.temperature, how.top_k, how.top_p)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def most_likely(logits_BV: jax.Array) -> jax.Array:
+    """The lowest of the most likely ids: argmax, which XLA's CPU does not vectorise."""
+    V = logits_BV.shape[-1]
+    best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    ids_1V = jnp.arange(V, dtype=jnp.int32)[None]
+    found_B = jnp.min(jnp.where(logits_BV == best_B1, ids_1V, V), axis=-1)
+    return jnp.minimum(found_B, V - 1)  # not a number: no id is the best

@@ -183,6 +183,16 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
 
 
+def rounded(size: int) -> int:
+    """The next batch size that divides over the mesh in use; `size` outside `use`."""
+    active = _ACTIVE.get()
+    if active is None:
+        return size
+    mesh, rules = active
+    parts = ways("batch", rules, mesh.shape)
+    return -(-size // parts) * parts
+
+
 def batch_sharding(mesh: Mesh, rules: Mapping, size: int) -> NamedSharding:
     """Sharding of a batch's first dimension of `size` examples (global)."""
     partition = spec("config.data.batch_size", ("batch",), (size,), rules, mesh)

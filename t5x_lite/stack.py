@@ -1,7 +1,7 @@
 """One block, and one scanned stack of them."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,26 @@ from t5x_lite.sharding import constrain
 
 
 class Cache(NamedTuple):
-    """Keys and values kept while decoding; every array carries a layers axis.
+    """Keys and values of one layer, kept while decoding.
 
-    keys, values: [L, B, S, N, H] of the decoder's own tokens, filled up to `index`.
-    cross_keys, cross_values: [L, B, S', N, H] of the encoder's output, or None.
+    keys, values: [B, N, S, H] of the decoder's own tokens, filled up to `index`.
+    cross_keys, cross_values: [B / K, N, S', H] of the encoder's output, or None; K
+      beams, neighbours in the batch, share them.
     """
 
     keys: jax.Array
     values: jax.Array
-    cross_keys: jax.Array | None = None
-    cross_values: jax.Array | None = None
+    cross_keys: Any = None
+    cross_values: Any = None
+
+    def written(self, keys_values, index: jax.Array) -> "Cache":
+        """With keys and values of further tokens, the first at `index`."""
+        at = (0, 0, index, 0)
+        keys, values = (
+            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+            for old, new in zip((self.keys, self.values), keys_values, strict=True)
+        )
+        return self._replace(keys=keys, values=values)
 
 
 class Context(NamedTuple):
@@ -42,6 +52,7 @@ class Context(NamedTuple):
     seen: str = "mask"  # "all", "causal": what visible_BTS is promised to be
     memory_seen: str = "mask"
     index: jax.Array | None = None  # where a cached decoder writes; None = no cache
+    keep: bool = False  # give each layer's input
 
 
 def relative_bias(table: positions.RelativeBias, ctx: Context) -> jax.Array:
@@ -71,7 +82,7 @@ class Block(nnx.Module):
         self.mlp = layers.FeedForward(cfg)
 
     def __call__(self, x_BTD, ctx: Context, key=None, cache=None, before_BMD=None):
-        """-> (x_BTD, this layer's cache). `cache` has no layers axis here.
+        """-> (x_BTD, this layer's cache).
 
         Args:
           before_BMD: inputs of this layer at the M tokens before (XLNet's memory).
@@ -93,29 +104,31 @@ class Block(nnx.Module):
             if before_BMD is not None:
                 before = self.attention_norm(before_BMD) if pre else before_BMD
                 y_BSD = jnp.concatenate([before, y_BSD], axis=1)
-            kv = self.attention.keys_values(y_BSD)
-            if cache is not None:
-                assert ctx.index is not None
-                at = (0, ctx.index, 0, 0)
-                kv = tuple(
-                    jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
-                    for old, new in zip((cache.keys, cache.values), kv, strict=True)
-                )
-                cache = cache._replace(keys=kv[0], values=kv[1])
             bias = ctx.bias_1NTS
             if hasattr(self, "relative"):
                 bias = relative_bias(self.relative, ctx)
+            if cache is not None:
+                assert ctx.index is not None
+                cache = cache.written(self.attention.arranged(y_BSD), ctx.index)
+                return self.attention.of_cache(
+                    h_BTD, cache.keys, cache.values, ctx.visible_BTS, bias
+                )
+            kv = self.attention.keys_values(y_BSD)
             return self.attention(
                 h_BTD, kv, ctx.visible_BTS, bias, keys[0], ctx.grid, ctx.seen
             )
 
         def cross(h_BTD):
+            seen_BTS, how = ctx.memory_visible_BTS, ctx.memory_seen
             if cache is None:
                 kv = self.cross.keys_values(ctx.memory_BSD)
-            else:
-                kv = (cache.cross_keys, cache.cross_values)
-            seen_BTS, how = ctx.memory_visible_BTS, ctx.memory_seen
-            return self.cross(h_BTD, kv, seen_BTS, None, keys[2], seen=how)
+                return self.cross(h_BTD, kv, seen_BTS, None, keys[2], seen=how)
+            # Beams are queries of one row, so that its keys are read once for them all.
+            of_row = h_BTD
+            if len(cache.cross_keys) < len(h_BTD):
+                of_row = h_BTD.reshape(len(cache.cross_keys), -1, h_BTD.shape[-1])
+            kv = (cache.cross_keys, cache.cross_values)
+            return self.cross.of_cache(of_row, *kv, seen_BTS).reshape(h_BTD.shape)
 
         x_BTD = sublayer(x_BTD, self.attention_norm, attend, keys[1])
         if self.has_cross and ctx.memory_visible_BTS is not None:
@@ -162,11 +175,18 @@ class Stack(nnx.Module):
         if cfg.norm_order == "pre":
             self.norm = layers.Norm(cfg)
 
-    def __call__(self, x_BTD, ctx: Context, key=None, cache=None, before_LBMD=None):
-        """-> (x_BTD after the final norm, new cache, each layer's input [L, B, T, D]).
+    def layers(self) -> list[Any]:
+        """Every layer with parameters of its own, for decoding."""
+        if self.cfg.share_layers:
+            return [self.blocks] * self.depth
+        graph, params = nnx.split(self.blocks)
+        each = [jax.tree.map(lambda p, i=i: p[i], params) for i in range(self.depth)]
+        return [nnx.merge(graph, of_layer) for of_layer in each]
 
-        The inputs are of the stack's own cells, and only kept with config.model.
-        memory_length; else None.
+    def __call__(self, x_BTD, ctx: Context, key=None, before_LBMD=None):
+        """-> (x_BTD after the final norm, each layer's input [L, B, T, D]).
+
+        The inputs are of the stack's own cells, and only kept if `ctx.keep`; else None.
         """
         graph, params = nnx.split(self.blocks)
         params, cfg = nnx.to_pure_dict(params), self.cfg
@@ -178,7 +198,7 @@ class Stack(nnx.Module):
             banded_L = (jnp.arange(self.depth) + 1) % cfg.window_every == 0
 
         def layer(x_BTD, of_layer):
-            params, key, cache, before_BMD, banded = of_layer
+            params, key, before_BMD, banded = of_layer
             if cfg.share_layers:
                 params = shared
             own = ctx
@@ -186,11 +206,11 @@ class Stack(nnx.Module):
                 seen = jnp.where(banded, ctx.banded_BTS, ctx.visible_BTS)
                 own = ctx._replace(visible_BTS=seen)
             read_BTD = None
-            if cfg.memory_length and ctx.grid is not None:
+            if ctx.keep and ctx.grid is not None:
                 read_BTD = x_BTD[:, : ctx.grid.length]
             block = nnx.merge(graph, params)
-            x_BTD, cache = block(x_BTD, own, key, cache, before_BMD)
-            return x_BTD, (cache, read_BTD)
+            x_BTD, _ = block(x_BTD, own, key, None, before_BMD)
+            return x_BTD, read_BTD
 
         if cfg.remat != "none":
             layer = jax.checkpoint(
@@ -198,15 +218,14 @@ class Stack(nnx.Module):
             )
         shared = params if cfg.share_layers else None
         each = None if cfg.share_layers else params
-        per_layer = (each, keys, cache, before_LBMD, banded_L)
+        per_layer = (each, keys, before_LBMD, banded_L)
         if cfg.scan:
-            x_BTD, out = jax.lax.scan(layer, x_BTD, per_layer, length=self.depth)
+            x_BTD, read_LBTD = jax.lax.scan(layer, x_BTD, per_layer, length=self.depth)
         else:
             outs = []
             for i in range(self.depth):
                 one = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
                 x_BTD, new = layer(x_BTD, one)
                 outs.append(new)
-            out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-        cache, read_LBTD = out
-        return self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, cache, read_LBTD
+            read_LBTD = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        return self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, read_LBTD

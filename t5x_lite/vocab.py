@@ -100,7 +100,9 @@ _EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None):
-    from t5x_lite import cli  # not at the top: the data path needs no command line
+    # Not at the top: the data path needs no command line, and stands above.
+    from t5x_lite import cli
+    from t5x_lite.data import texts
 
     parser = cli.parser(_EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -109,7 +111,8 @@ def main(argv: list[str] | None = None):
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
     trains = commands.add_parser("train", help="train a vocabulary", **look)
-    trains.add_argument("--input", required=True, help="path or glob: .txt, .jsonl")
+    trains.add_argument("--input", required=True, help="text; see data/sources.py")
+    cli.add_reading(trains)
     trains.add_argument("--size", type=int, default=4000, help="number of pieces")
     kinds = ", ".join(f"{kind}: {end}" for kind, end in training.KINDS.items())
     trains.add_argument("--output", required=True, help=f"file to write ({kinds})")
@@ -127,7 +130,15 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.command == "train":
         start = time.perf_counter()
-        train(args.input, args.size, args.output, args.threads, args.kind, args.uncased)
+        train(
+            args.input,
+            args.size,
+            args.output,
+            args.threads,
+            args.kind,
+            args.uncased,
+            texts.Options.of(args),
+        )
         print(f"wrote {args.output} in {time.perf_counter() - start:.1f} s")
         args.file, args.text, args.sentinels = args.output, None, 100
     print(show(args.file, args.text, args.sentinels))

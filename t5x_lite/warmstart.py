@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_lite import checkpoint, model, parameters
+from t5x_lite import checkpoint, lora, model, moments, parameters
 from t5x_lite import config as config_lib
 from t5x_lite.config import Config, ModelConfig
 from t5x_lite.rows import Differences, Rows, Source
@@ -54,7 +54,11 @@ _FREE = {
     *("init_residual", "max_positions", "position_offset", "relative_buckets"),
     *("relative_max_distance", "classes", "query_streams", "memory_length", "dropout"),
     *("attention", "unpadded", "dtype", "remat", "scan", "entities", "generator_width"),
+    *("head", "head_pooler", "choices", "mix_layers", "distill_width", "lora_rank"),
+    *("lora_targets", "lora_trained"),
 }
+# Where a parameter may come from that has no namesake: BERT's pooler.
+_ELSE = (r"head/(pooler|pooler_bias)", r"classes/\1")
 
 
 class Move(NamedTuple):
@@ -76,8 +80,17 @@ def check(cfg: Config, net) -> None:
     Raises:
         FileNotFoundError, ValueError: naming each parameter that does not.
     """
-    if cfg.init_from:
-        plan(cfg, net, Source.of(cfg.init_from))
+    if not cfg.init_from:
+        return
+    source = Source.of(cfg.init_from, cfg.init_step)
+    moves = plan(cfg, net, source)
+    if cfg.init_optimizer == "restore":
+        changed = [
+            f"{name} ({move.why or move.source})"
+            for name, move in moves.items()
+            if move.source != name or move.rows is not None
+        ]
+        moments.check(cfg, net, source, changed)
 
 
 def plan(cfg: Config, net, source: Source) -> dict[str, Move]:
@@ -131,6 +144,8 @@ def _names(cfg: Config, ours: list[str], source: Source):
     rules = [*own, *PRESETS[cfg.init_preset]]
     for name in ours:
         there, why = name, "not in it"
+        if name not in source.declared and (match := re.fullmatch(_ELSE[0], name)):
+            there = match.expand(_ELSE[1])
         for number, (pattern, replacement) in enumerate(rules):
             match = re.fullmatch(pattern, name)
             if not match:
@@ -184,6 +199,7 @@ def params(
     fresh: dict,
     source: str | pathlib.Path = "",
     step: int = -1,
+    quiet: bool = False,
 ) -> dict:
     """The parameters of a new run, nested and sharded as `abstract_params`.
 
@@ -192,13 +208,14 @@ def params(
         fresh: drawn ones; those that are not restored are taken from here.
         source: a workdir with the very same parameters; "" = config.init_from.
         step: of its checkpoint; -1 = the latest.
+        quiet: no word about what was restored.
     """
     if source:
         _, chosen, _ = checkpoint.read_run(source, step)
         return checkpoint.load_params(source, chosen, abstract_params)
-    given = Source.of(cfg.init_from, step)
+    given = Source.of(cfg.init_from, cfg.init_step if step == -1 else step)
     moves = plan(cfg, model.build(cfg.model), given)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not quiet:
         print("\n".join(report(cfg, moves, given)), flush=True)
     wanted, drawn = _flat(abstract_params), _flat(fresh)
     loads, result = {}, dict(drawn)
@@ -206,8 +223,14 @@ def params(
         if move.source is not None and move.source not in loads:
             shape = given.declared[move.source].get_value().shape
             loads[move.source] = _placed(shape, wanted[name], move)
+    adapters = _left_adapters(moves, given, loads)
     tree = parameters.nested({tuple(n.split("/")): x for n, x in loads.items()})
     loaded = _flat(checkpoint.load_params(given.path, given.step, tree))
+    for name in adapters:
+        a, b = (loaded[f"lora/{name}/{k}"] for k in "ab")
+        scale, where = lora.scale_of(given.cfg.model), loaded[name].sharding
+        add = jax.jit(lora.added, static_argnums=3, out_shardings=where)
+        loaded[name] = add(loaded[name], a, b, scale)
     taken = set()
     for name, move in moves.items():
         if move.source is None:
@@ -229,6 +252,38 @@ def params(
             taken.add(move.source)
             result[name] = array
     return parameters.nested({tuple(n.split("/")): x for n, x in result.items()})
+
+
+def start(cfg: Config, abstract_params: dict) -> dict[str, jax.Array]:
+    """What config.optim.l2_start pulls to: the parameters that init_from gave, by name.
+
+    Those of config.init_step, which a run has written down, so also after a resume.
+    """
+    net = model.build(cfg.model)
+    draw = jax.jit(
+        lambda bits: parameters.init_params(net, jax.random.key(bits)),
+        out_shardings=jax.tree.map(lambda x: x.sharding, abstract_params),
+    )
+    fresh = draw(np.uint32(cfg.seed % 2**32))
+    moves = plan(cfg, net, Source.of(cfg.init_from, cfg.init_step))
+    restored = {name for name, move in moves.items() if move.source is not None}
+    whole = _flat(params(cfg, abstract_params, fresh, quiet=True))
+    return {name: x for name, x in whole.items() if name in restored}
+
+
+def _left_adapters(moves: dict[str, Move], given: Source, loads: dict) -> list[str]:
+    """Weights of the source whose adapters we have not; adds these to `loads`."""
+    taken, found = {move.source for move in moves.values()}, []
+    for name, p in given.declared.items():
+        weight = name.removeprefix(lora.PREFIX).rpartition("/")[0]
+        if not name.startswith(lora.PREFIX) or name in taken or weight not in loads:
+            continue
+        mesh = loads[weight].sharding.mesh
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        shape = p.get_value().shape
+        loads[name] = jax.ShapeDtypeStruct(shape, np.float32, sharding=everywhere)
+        found.append(weight)
+    return sorted(set(found))
 
 
 def _used_rows(given: Source, move: Move, array) -> int:

@@ -144,9 +144,9 @@ def with_memory(bound, stream: dict, mems_LMBD) -> dict:
     zeros_BM = np.zeros(mems_LBMD.shape[1:3], np.int32)
     before = dict.fromkeys(("tokens", "positions", "ranks", "types"), zeros_BM)
     before |= dict(segments=zeros_BM + 1)
-    ctx = model_lib.context(bound.cfg, stream, before)
+    ctx = model_lib.context(bound.cfg, stream, before)._replace(keep=True)
     x_BTD = bound.inputs.with_streams(bound.embed(stream["tokens"]), stream)
-    y_BTD, _, kept_LBTD = bound.stack(x_BTD, ctx, before_LBMD=mems_LBMD)
+    y_BTD, kept_LBTD = bound.stack(x_BTD, ctx, before_LBMD=mems_LBMD)
     new_mems = jnp.moveaxis(kept_LBTD, 1, 2)[:, -bound.cfg.memory_length :]
     return dict(logits=bound.logits(bound.output(y_BTD)), new_mems=new_mems)
 

@@ -26,7 +26,10 @@ def all_texts() -> list[tuple[int, ...]]:
 
 
 def scores_of(net, params, row: dict, alpha: float, min_length: int) -> dict:
-    """Text -> score by Wu et al. 2016, section 7, from the uncached forward pass."""
+    """Text -> score by Wu et al. 2016, section 7, from the uncached forward pass.
+
+    Texts that are too short are left out; what the model thinks of the others stays.
+    """
     texts = [t for t in all_texts() if EOS not in t[:min_length]]
     padded = np.zeros((len(texts), LENGTH), np.int32)
     for i, text in enumerate(texts):
@@ -34,7 +37,6 @@ def scores_of(net, params, row: dict, alpha: float, min_length: int) -> dict:
     rows = {name: np.repeat(a, len(texts), axis=0) for name, a in row.items()}
     logits = np.array(forced_logits(net, params, rows, padded), np.float64)
     logits[..., USED:] = -np.inf
-    logits[:, :min_length, EOS] = -np.inf
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     found = {}
     for i, text in enumerate(texts):

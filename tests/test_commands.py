@@ -12,15 +12,16 @@ from t5x_lite import (
     checkpoint,
     cli,
     config,
-    evaluate,
     export,
     generate,
     model,
     parameters,
     prompts,
     run,
+    samples,
     vocab,
 )
+from tests.tiny import tiny_config
 
 
 @functools.cache
@@ -82,6 +83,12 @@ def test_encoders_fill_gaps_in_place(name, command):
     logits_BKV = bound.logits(bound.outputs(batch).cells_BKE)
     best = words.ordinary[np.asarray(logits_BKV)[0][:, words.ordinary].argmax(-1)]
     np.testing.assert_array_equal(np.asarray(found)[0, :6], best[:6])
+
+
+def test_a_model_with_a_head_is_not_asked_for_text():
+    cfg = tiny_config(model=dict(structure="encoder", head="class", classes=2))
+    with pytest.raises(ValueError, match="head='class'.*t5x_lite.evaluate"):
+        prompts.task_of(cfg)
 
 
 def test_masks_of_unilm_v2_are_seen_as_in_training():
@@ -217,7 +224,7 @@ def test_training_ends_with_samples(name, begins, mark, stores, capsys):
     )
     cfg = dataclasses.replace(cfg, data=data)
     setup = run.Setup.of(cfg, jax.devices()[:1])
-    lines = evaluate.samples(setup, params, 2)
+    lines = samples.samples(setup, params, 2)
     if begins is None:
         assert lines == []
         return
@@ -229,8 +236,8 @@ def test_samples_never_fail_a_finished_run(monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("defect")
 
-    monkeypatch.setattr(evaluate, "samples", broken)
-    evaluate.print_samples(None, {})  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(samples, "samples", broken)
+    samples.print_samples(None, {})  # pyright: ignore[reportArgumentType]
     assert "no samples to show: RuntimeError: defect" in capsys.readouterr().out
 
 

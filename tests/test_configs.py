@@ -20,6 +20,7 @@ from t5x_lite import (
     run,
     sharding,
     step,
+    stopping,
     train,
 )
 
@@ -64,6 +65,9 @@ def test_two_steps_of_every_config(name, cache, tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     numbers = [v for line in lines for v in line.values() if isinstance(v, float)]
     assert np.isfinite(numbers).all()
+    kinds = {key: key.split("/")[0] for key in last if key.startswith("heldout_")}
+    scores = {k for k, v in kinds.items() if not v.endswith(("_tokens", "_examples"))}
+    assert scores == set(stopping.names(config.freeze(raw)))
 
 
 @pytest.mark.parametrize("name", NAMES)

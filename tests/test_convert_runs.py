@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.models import PRESETS
-from t5x_lite import checkpoint, step, train, vocab
+from t5x_lite import checkpoint, compatible, step, train, vocab
 from t5x_lite.config import ModelConfig
 from t5x_lite.interop import huggingface, workdirs
 from tests import hf_dirs, parity, tiny
@@ -96,14 +96,14 @@ def test_another_model_is_not_trained_from_a_converted_workdir(tmp_path):
     run(f"--from=hf:{tmp_path / 'hf'}", f"--to={tmp_path / 'run'}")
     cfg, _, meta = checkpoint.read_run(tmp_path / "run")
     data = dict(vocab=meta["data"]["vocab"], train="any")
-    checkpoint.check_compatible(meta, cfg, data)
+    compatible.check_compatible(meta, cfg, data)
     free = dataclasses.replace(cfg, seed=5, optim=tiny.tiny_config().optim)
-    checkpoint.check_compatible(meta, free, data)
+    compatible.check_compatible(meta, free, data)
     other = dataclasses.replace(cfg.model, activation="relu")
     with pytest.raises(ValueError, match="config.model.activation: 'gelu'"):
-        checkpoint.check_compatible(meta, dataclasses.replace(cfg, model=other), data)
+        compatible.check_compatible(meta, dataclasses.replace(cfg, model=other), data)
     with pytest.raises(ValueError, match="data vocab"):
-        checkpoint.check_compatible(meta, cfg, data | dict(vocab="other"))
+        compatible.check_compatible(meta, cfg, data | dict(vocab="other"))
 
 
 def test_ids_that_the_embedding_has_not_get_rows_and_lose_them_again(tmp_path, capsys):
@@ -120,7 +120,7 @@ def test_ids_that_the_embedding_has_not_get_rows_and_lose_them_again(tmp_path, c
     run(f"--from=hf:{hf}", f"--to={workdir}")
     cfg, _, params, _, meta = checkpoint.load_run(workdir)
     words = vocab.load(cfg.data.vocab, cfg.data.sentinels)
-    checkpoint.check_vocab(meta, words)
+    compatible.check_vocab(meta, words)
     assert (
         len(pieces) < words.size <= cfg.model.vocab_size == params["embedding"].shape[0]
     )
@@ -141,7 +141,7 @@ def test_bytes_of_byt5_need_no_file(tmp_path):
     run(f"--from=hf:{tmp_path / 'hf'}", f"--to={tmp_path / 'run'}")
     cfg, _, meta = checkpoint.read_run(tmp_path / "run")
     assert (cfg.data.vocab, cfg.data.sentinels) == ("bytes", 100)
-    checkpoint.check_vocab(meta, vocab.load("bytes", 100))
+    compatible.check_vocab(meta, vocab.load("bytes", 100))
 
 
 def test_a_run_of_ours_takes_its_vocabulary_along(tiny_workdir, tmp_path):

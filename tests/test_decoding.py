@@ -111,18 +111,20 @@ def test_every_cached_step_gives_the_uncached_logits(name, strict_dtypes):
 
     @jax.jit
     def all_steps(params):
-        bound: Any = model.bind(net, params)
-        start = decoding.begin(bound, read, T, 0)
+        decoder = decoding.model_for(params, net.cfg)
+        given = decoding.given(net.cfg, read, None, 0, T)
+        start = decoding.begin(decoder, given, T, 0)
 
         def step(carry, index):
-            last_B1, cache = carry
-            logits_BV, cache = decoding.decode_step(
-                bound, last_B1, start.index + index, cache, start.cells, start.memory
+            last_B1, caches = carry
+            logits_BV, caches = decoder.step(
+                last_B1, start.index + index, caches, start.cells, start.memory
             )
             next_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, index, 1, axis=1)
-            return (next_B1, cache), logits_BV
+            return (next_B1, caches), logits_BV
 
-        first = (start.last_B[:, None], start.cache)
+        last_B1 = start.history_BS[:, start.index, None]
+        first = (last_B1, start.caches)
         return jax.lax.scan(step, first, jnp.arange(T))[1]
 
     with jax.default_matmul_precision("highest"):
@@ -242,7 +244,8 @@ def test_samples_follow_the_softmax_over_exactly_the_support(
     how = sampling.Sampling(0.5, top_k, top_p)
     # Temperature 0.5 of logits log(p) / 2 is p again.
     logits_BV = jnp.broadcast_to(jnp.log(p_V)[None] * 0.5, (n, 8))
-    ids_B = np.asarray(sampling.draw(logits_BV, jax.random.key(0), how))
+    keys_B = sampling.row_keys(jax.random.key(0), n, how)
+    ids_B = np.asarray(sampling.draw(logits_BV, keys_B, how))
     want_V = np.zeros(8)
     want_V[list(support)] = p_V[list(support)]
     want_V *= n / want_V.sum()

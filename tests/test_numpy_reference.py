@@ -123,6 +123,9 @@ def test_the_command_verifies_with_numpy(name, tmp_path, capsys):
 NOT_READ = {"attention", "dropout", "dtype", "init_residual", "init_std", "remat"}
 NOT_READ |= {"entities", "entity_heads", "entity_layers", "scan", "unpadded"}
 NOT_READ |= {"max_positions", "vocab_size", "d_ff", "heads", "window_every"}
+# Of a head, which is refused; merged or left out by `export`.
+NOT_READ |= {"head_pooler", "choices", "distill_width", "lora_rank", "lora_alpha"}
+NOT_READ |= {"lora_targets", "lora_trained"}
 NOT_READ |= {f.name for f in dataclasses.fields(ModelConfig) if f.name[:5] == "base_"}
 
 

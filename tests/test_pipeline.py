@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 import zlib
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,15 @@ def test_each_epoch_takes_each_window_once(n_tokens, window):
         assert starts.dtype == np.int64
         covered = (starts[:, None] + np.arange(window)) % n_tokens
         assert len(np.unique(covered)) == n * window
+
+
+def test_more_windows_than_can_be_shuffled_are_refused():
+    with pytest.raises(ValueError, match=r"4294967296 windows .* fewer than 2\*\*32"):
+        orders.Order(2**32 * 8, 8, seed=0)
+    ends = np.array([2**32 * 8, 2**32 * 8 + 20])
+    store = types.SimpleNamespace(places_of=lambda token: ends)
+    with pytest.raises(ValueError, match=r"windows .* fewer than 2\*\*32"):
+        orders.Documents(store, 8, 0, eos_id=1)  # type: ignore[arg-type]
 
 
 def test_a_large_epoch_is_a_permutation_too():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from t5x_lite import config, losses, metrics, progress, train
+from t5x_lite import config, guard, losses, metrics, progress, train
 from tests.tiny import tiny_config
 
 SHAPES: Any = dict(encoder=(12, 0, 0), decoder=(7, 7, 0))
@@ -48,6 +48,7 @@ def step_log(workdir, first=0, kind="cpu", devices=1, **sections):
     cfg = tiny_config(steps=20, **sections)
     device = types.SimpleNamespace(device_kind=kind)
     setup: Any = types.SimpleNamespace(
+        cfg=cfg,
         lead=True,
         tokens_per_step=8 * 19,
         train_batches=types.SimpleNamespace(shapes=SHAPES),
@@ -55,16 +56,19 @@ def step_log(workdir, first=0, kind="cpu", devices=1, **sections):
             devices=np.full(devices, device, object), size=devices
         ),
         epoch=lambda step: 0,
+        epochs=lambda step: {},
     )
     lines = Lines()
     timings = {"import": 1.0, "compile": 4.0}
-    return progress.StepLog(cfg, setup, lines, first, workdir, timings), lines
+    watch = guard.Guard(setup, workdir, {})
+    return progress.StepLog(setup, lines, first, workdir, timings, watch), lines
 
 
 ones: Any = np.ones((), np.float32)
 SUMS = losses.Sums(ones, ones, ones, ones, ones)
 RESULT = {"sums": {"tokens": SUMS}, "grad_norm": 1.0, "fingerprint": 7}
-RESULT["learning_rate"] = 0.5
+RESULT |= {"learning_rate": 0.5, "nonpadding": 1.0, "finite": True}
+RESULT["grad_norms"] = np.ones(3)
 
 
 def go(log, clock, steps, *, data=0.5, compute=3.0, save=None):
@@ -118,6 +122,19 @@ def test_goodput_counts_restarts_and_steps_done_twice(clock, tmp_path):
     assert lines[-1]["goodput"] == pytest.approx(12 / (5 + 5 * 3.5 + 100))
 
 
+def test_a_clock_that_was_set_back_leaves_shares_of_time(clock, tmp_path):
+    """By an hour, between two starts: the second began before the first."""
+    log, _ = step_log(tmp_path)
+    go(log, clock, range(3))
+    log.started()
+    clock.now -= 3600.0
+    log, lines = step_log(tmp_path, first=3)
+    go(log, clock, range(3, 6))
+    assert [line["step"] for line in lines] == [4, 5, 6]
+    assert all(0.0 < line["goodput"] <= 1.0 for line in lines)
+    assert all(line["step_seconds"] == 3.5 for line in lines)
+
+
 def test_mfu_is_against_all_chips(clock, tmp_path):
     log, lines = step_log(tmp_path, kind="NVIDIA H200", devices=4)
     go(log, clock, range(1), data=0.0, compute=2.0)
@@ -166,7 +183,7 @@ def resumed(tmp_path_factory):
     raw.checkpoint.every = 3
     raw.profile, raw.profile_first = 2, 1
     began = time.perf_counter()
-    with mock.patch("t5x_lite.evaluate.print_samples"):
+    with mock.patch("t5x_lite.samples.print_samples"):
         for raw.steps in (6, 9):
             with mock.patch.object(train, "_STARTED", time.perf_counter()):
                 train.train(config.freeze(raw), workdir / "run")

@@ -1,24 +1,25 @@
-"""Sources and the token store: content, damage, kill -9, many processes, bad input."""
+"""Sources and the token store: content, reuse, damage of every kind."""
 
-import errno
+import functools
 import gzip
-import itertools
 import json
 import logging
 import lzma
 import os
 import random
-import subprocess
-import sys
+import shutil
 import time
+import zlib
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import tensorstore
+from hypothesis import strategies
 
 from t5x_lite import vocab as vocabularies
-from t5x_lite.data import sources, store
+from t5x_lite.data import building, records, sources, store
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = vocabularies.load("bytes")
@@ -79,7 +80,8 @@ BAD_SOURCES = {
     "cut.txt.gz": (gzip.compress(os.urandom(9999).hex().encode())[:5000], "broken .gz"),
     "no.txt.gz": (b"plain text", "broken .gz"),
     "no.txt.xz": (b"plain text", "broken .xz"),
-    "a.parquet": (b"PAR1", "unknown kind of file. Allowed: .txt or .jsonl"),
+    "a.parquet": (b"PAR1", "broken .parquet"),
+    "a.csv": (b"a,b", "unknown kind of file. Allowed: .txt or .jsonl"),
     "plain": (b"text", "unknown kind of file"),
 }
 
@@ -149,9 +151,10 @@ def test_a_ready_store_is_reused_and_a_stale_one_is_not(corpus, tmp_path, monkey
     def no_build(*_):
         raise AssertionError("built again")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_build", no_build)
-        assert open_quietly(corpus, cache).fingerprint == first.fingerprint
+    assert (
+        store.open_store(corpus, BYTES, cache, build=no_build).fingerprint
+        == first.fingerprint
+    )
     fingerprints = {first.fingerprint}
     # The same size and modification time: only the content tells.
     stat = os.stat(corpus)
@@ -177,13 +180,13 @@ def test_digests_are_kept_until_a_file_changes(tmp_path, monkeypatch):
         reads.append(file.read())
         return len(reads)
 
-    digests = store._Digests(memory)
+    digests = records.Digests(memory)
     assert [digests.of(path, digest) for _ in range(2)] == [1, 2]  # too recent to keep
     later = time.time_ns() + 10 * 10**9
-    monkeypatch.setattr(store.time, "time_ns", lambda: later)
+    monkeypatch.setattr(records.time, "time_ns", lambda: later)
     assert [digests.of(path, digest) for _ in range(2)] == [3, 3]
     digests.save()
-    digests = store._Digests(memory)
+    digests = records.Digests(memory)
     assert digests.of(path, digest) == 3
     stat = path.stat()
     time.sleep(0.02)  # a further tick of the file system's clock
@@ -210,21 +213,87 @@ def lose(path):
     (path / "c/0").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, garble, lose])
-def test_a_damaged_store_is_reported_and_rebuilt(damage, corpus, tmp_path, caplog):
+def other_type(path):
+    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace("16", "8"))
+
+
+def other_counts(path):
+    (path / "statistics.json").write_text("{}")
+
+
+DAMAGES = {
+    truncate: "c/0 has 1000 bytes of tokens instead of",
+    flip: "c/0, tokens 128 to 255: crc32",
+    garble: "store.json is not as it was written",
+    lose: "No such file",
+    other_type: "zarr.json is not as it was written",
+    other_counts: "statistics.json is not as it was written",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_is_reported_and_rebuilt(
+    damage, corpus, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(building, "BLOCK_BYTES", 256)
     opened = open_quietly(corpus, tmp_path / "cache")
-    damage(tmp_path / "cache" / opened.fingerprint)
+    whole = files_of(opened.path)
+    damage(opened.path)
     with caplog.at_level(logging.WARNING):
         again = open_quietly(corpus, tmp_path / "cache")
-    assert "is damaged" in caplog.text
+    assert f"{opened.path} is damaged: " in caplog.text
+    assert DAMAGES[damage] in caplog.text
     np.testing.assert_array_equal(all_tokens(again), expected_tokens(TEXTS))
+    assert files_of(opened.path) == whole
+    if damage is not truncate:  # whoever had opened it keeps what they had
+        assert opened.n_tokens == len(all_tokens(opened))
 
 
-# Killed, interrupted, full
+def test_blocks_that_come_out_even(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "BLOCK_BYTES", 64)
+    for size in (31, 32, 33, 63, 64, 65):
+        (tmp_path / "a.txt").write_text("x" * (size - 1))
+        opened = open_quietly(str(tmp_path / "a.txt"), tmp_path / "cache")
+        assert opened.n_tokens == size
+        meta = records.read(opened.path / "store.json")
+        content = (opened.path / "c/0").read_bytes()
+        starts = range(0, len(content) + 1, 64)
+        assert meta["blocks"] == [zlib.crc32(content[s : s + 64]) for s in starts]
 
 
-def files_of(cache):
-    folder = next(p for p in Path(cache).iterdir() if p.is_dir())
+def test_all_is_read_again_when_asked(corpus, tmp_path, monkeypatch, caplog):
+    later = time.time_ns() + 10 * 10**9
+    monkeypatch.setattr(records.time, "time_ns", lambda: later)
+    opened = open_quietly(corpus, tmp_path / "cache")
+    reads = []
+    crc32_of_blocks = store.crc32_of_blocks
+
+    def count(file):
+        reads.append(file.name)
+        return crc32_of_blocks(file)
+
+    count.__name__ = "crc32_of_blocks"
+    monkeypatch.setattr(store, "crc32_of_blocks", count)
+    open_quietly(corpus, tmp_path / "cache")
+    assert not reads
+    flip(opened.path)
+    # As a disk that returns something else: nothing tells that the file has changed.
+    content = records.read(tmp_path / "cache/digests.json")
+    stat = (opened.path / "c/0").stat()
+    key = f"crc32_of_blocks {(opened.path / 'c/0').resolve()}"
+    changed = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    content[key][:4] = changed
+    records.write(tmp_path / "cache/digests.json", content)
+    open_quietly(corpus, tmp_path / "cache")
+    assert not reads and "damaged" not in caplog.text
+    store.open_store(corpus, BYTES, tmp_path / "cache", progress=False, verify=True)
+    assert reads and "damaged" in caplog.text
+
+
+# Arbitrary damage
+
+
+def files_of(folder):
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in folder.rglob("*")
@@ -232,127 +301,156 @@ def files_of(cache):
     }
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_crash_at_every_write_leaves_the_same_result(
-    call, corpus, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(store, "BATCH_CHARS", 500)
-    monkeypatch.setattr(store, "COMMIT_SECONDS", 0)
-    open_quietly(corpus, tmp_path / "whole")
-    real, crashes = getattr(os, call), 0
-    finished = False
-    while not finished:
-        calls = itertools.count()
-
-        def crash(*args, calls=calls, dies_at=2 + crashes % 3, after=crashes % 2):
-            # A few calls get through each time, then the process "dies".
-            if next(calls) == dies_at:
-                if after:
-                    real(*args)
-                raise KeyboardInterrupt
-            real(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(store.os, call, crash)
-            try:
-                open_quietly(corpus, tmp_path / "cache")
-                finished = True
-            except KeyboardInterrupt:
-                crashes += 1
-    assert crashes > 3
-    assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
-
-
-SLOW_BUILD = """
-import sys, time
-from t5x_lite import vocab
-from t5x_lite.data import store
-store.BATCH_CHARS, store.COMMIT_SECONDS = 500, 0
-commit = store._commit
-def slow_commit(*args):
-    commit(*args)
-    print("commit", flush=True)
-    time.sleep(0.02)
-store._commit = slow_commit
-opened = store.open_store(sys.argv[1], vocab.load("bytes"), sys.argv[2], progress=False)
-print("ready", opened.fingerprint, flush=True)
-"""
-
-
-def start(code, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """A complete store and one whose build was killed, and what is to be in it."""
+    home = tmp_path_factory.mktemp("samples")
+    texts = [f"{i % 40} {'word ' * (i % 5)}" for i in range(80)]
+    for part in (0, 1):
+        rows = [json.dumps({"text": t}) + "\n" for t in texts[part::2]]
+        (home / f"{part}.jsonl").write_text("".join(rows))
+    source = str(home / "*.jsonl")
+    make = functools.partial(
+        store.open_store, source, BYTES, deduplicate=True, progress=False
     )
 
+    def die(path, *args, **kwargs):
+        writer = building.build(path, *args, **kwargs)
+        assert 0 < kept[0]["n_tokens"] < kept[-1]["n_tokens"] == writer.state.n_tokens
+        raise KeyboardInterrupt
 
-def test_kill_9_and_resume_gives_identical_bytes(corpus, tmp_path):
-    open_quietly(corpus, tmp_path / "whole")
-    rng, reached = random.Random(0), []
-    for _ in range(4):
-        process = start(SLOW_BUILD, corpus, tmp_path / "cache")
-        assert process.stdout and process.stdout.readline() == "commit\n"
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        progress = next((tmp_path / "cache").glob("*/progress.json"))
-        reached.append(json.loads(progress.read_text())["n_documents"])
-    assert 0 < reached[0] < reached[-1] < len(TEXTS)
-    open_quietly(corpus, tmp_path / "cache")
-    left = files_of(tmp_path / "cache")
-    parts = [name for name in left if name.endswith(".part")]
-    assert {n: c for n, c in left.items() if n not in parts} == files_of(
-        tmp_path / "whole"
-    )
+    kept = []
+    commit = building.Writer.commit
 
+    def copy_then_commit(writer):
+        commit(writer)
+        kept.append(records.read(writer.path / "progress.json"))
+        if len(kept) == 5:
+            shutil.copytree(writer.path, home / "killed" / writer.path.name)
 
-def test_processes_that_start_at_once_share_one_build(corpus, tmp_path):
-    processes = [start(SLOW_BUILD, corpus, tmp_path / "cache") for _ in range(3)]
-    outputs = [p.communicate(timeout=60) for p in processes]
-    assert [p.returncode for p in processes] == [0, 0, 0], outputs
-    assert len({out.splitlines()[-1] for out, _ in outputs}) == 1
-    assert sum("commit" in out for out, _ in outputs) == 1
-    assert sum("waiting for it" in err for _, err in outputs) == 2
-
-
-FULL_DISK = """
-import resource, signal, sys
-from t5x_lite import vocab
-from t5x_lite.data import store
-resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-try:
-    store.open_store(sys.argv[1], vocab.load("bytes"), sys.argv[2], progress=False)
-except OSError as error:
-    print(error.errno, error)
-"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "BATCH_CHARS", 100)
+        patch.setattr(building, "COMMIT_SECONDS", 0)
+        patch.setattr(building, "BLOCK_BYTES", 256)
+        whole = make(cache_dir=home / "complete")
+        patch.setattr(building.Writer, "commit", copy_then_commit)
+        with pytest.raises(KeyboardInterrupt):
+            make(cache_dir=home / "unfinished", build=die)
+    (name,) = [p.name for p in (home / "complete").iterdir() if p.is_dir()]
+    assert {p.name for p in (home / "killed" / name).rglob("*") if p.is_file()} == {
+        *("0", "files.jsonl", "progress.json", "seen.sqlite")
+    }
+    return home, name, make, all_tokens(whole).copy(), files_of(whole.path)
 
 
-def test_a_full_disk_is_a_clear_error_and_the_build_goes_on_later(corpus, tmp_path):
-    out, err = start(FULL_DISK, corpus, tmp_path / "cache").communicate(timeout=60)
-    assert out.startswith(f"{errno.EFBIG} "), err
-    assert "cannot be written" in out and "Free some space" in out
+def change(content, rng, value, whole):
+    """A leaf of a JSON file is another value; with `whole`, its checksum fits again."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        return content
+    node = found
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not keys:
+            return content
+        key = rng.choice(keys)
+        if not isinstance(node[key], (dict, list)) or rng.random() < 0.2:
+            node[key] = value
+            break
+        node = node[key]
+    if whole:
+        found.pop("checksum", None)
+        found["checksum"] = records._checksum(found)
+    return json.dumps(found).encode()
+
+
+JSON_VALUES = strategies.one_of(
+    strategies.none(),
+    strategies.booleans(),
+    strategies.integers(-(2**70), 2**70),
+    strategies.integers(0, 300),
+    strategies.floats(),
+    strategies.text(max_size=5),
+    strategies.sampled_from(["<f2", "<i2", ">u2", "|u1", "object", "../../x", "/etc"]),
+    strategies.lists(strategies.integers(), max_size=3),
+)
+
+
+def check_damage(samples, data):
+    home, name, make, tokens, content = samples
+    state = data.draw(strategies.sampled_from(["complete", "killed"]))
+    cache = home / "damaged"
+    shutil.rmtree(cache, ignore_errors=True)
+    shutil.copytree(home / state / name, cache / name)
+    names = sorted(files_of(cache / name))
+    for _ in range(data.draw(strategies.integers(1, 2))):
+        path = cache / name / data.draw(strategies.sampled_from(names))
+        before = path.read_bytes() if path.exists() else b""
+        how = data.draw(strategies.sampled_from(["flip", "cut", "put", "json", "lose"]))
+        at = data.draw(strategies.integers(0, max(len(before) - 1, 0)))
+        after = before
+        if how == "flip" and before:
+            bit = 1 << data.draw(strategies.integers(0, 7))
+            after = before[:at] + bytes([before[at] ^ bit]) + before[at + 1 :]
+        elif how == "cut":
+            after = before[:at]
+        elif how == "put":
+            new = data.draw(strategies.binary(min_size=1, max_size=20))
+            behind = data.draw(strategies.sampled_from([0, len(new)]))
+            after = before[:at] + new + before[at + behind :]
+        elif how == "json":
+            seed = data.draw(strategies.integers(0, 2**32))
+            value = data.draw(JSON_VALUES)
+            # Who forges the progress of a build forges the store.
+            whole = state == "complete" and data.draw(strategies.booleans())
+            after = change(before, random.Random(seed), value, whole)
+        if how == "lose":
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(after)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "BLOCK_BYTES", 256)
+        patch.setattr(os, "fsync", lambda _: None)  # no crash here: only time
+        opened = make(cache_dir=cache)
+    np.testing.assert_array_equal(all_tokens(opened), tokens)
+    left = files_of(opened.path)
+    assert {n: left[n] for n in ("c/0", "zarr.json", "statistics.json")} == {
+        n: content[n] for n in ("c/0", "zarr.json", "statistics.json")
+    }
+    assert not {"progress.json", "files.jsonl", "seen.sqlite"} & {*left}
+    assert sorted(p.name for p in home.iterdir()) == sorted(HOME)
+
+
+HOME = (*("0.jsonl", "1.jsonl", "complete", "damaged", "killed", "unfinished"),)
+
+
+@hypothesis.settings(deadline=None, max_examples=40, database=None)
+@hypothesis.given(data=strategies.data())
+def test_whatever_is_damaged_the_tokens_are_right(samples, data):
+    check_damage(samples, data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@hypothesis.settings(deadline=None, max_examples=6000, database=None)
+@hypothesis.given(data=strategies.data())
+def test_whatever_is_damaged_the_tokens_are_right_6000_times(samples, data):
+    check_damage(samples, data)
+
+
+def test_names_in_a_store_lead_nowhere(corpus, tmp_path):
     opened = open_quietly(corpus, tmp_path / "cache")
-    np.testing.assert_array_equal(all_tokens(opened), expected_tokens(TEXTS))
-
-
-def test_a_cache_dir_that_cannot_be_made(corpus):
-    with pytest.raises(OSError, match="cannot be written.*another cache_dir"):
-        open_quietly(corpus, corpus)
-
-
-def test_a_source_changed_while_it_is_tokenised(corpus, tmp_path, monkeypatch):
-    def build_then_change(*args, build=store._build):
-        done = build(*args)
-        with open(corpus, "a") as file:
-            file.write('{"text": "more"}\n')
-        return done
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_build", build_then_change)
-        with pytest.raises(ValueError, match="was changed while it was tokenised"):
-            open_quietly(corpus, tmp_path / "cache")
-    opened = open_quietly(corpus, tmp_path / "cache")
-    np.testing.assert_array_equal(all_tokens(opened), expected_tokens([*TEXTS, "more"]))
+    outside = tmp_path / "outside.json"
+    outside.write_text("secret")
+    meta = records.read(opened.path / "store.json")
+    digest = records.sha256_of(outside)
+    for name in ("../../outside.json", str(outside)):
+        meta["files"][name] = digest
+        meta["c/0"] = meta["path"] = meta["source"] = name
+    records.write(opened.path / "store.json", meta)
+    again = open_quietly(corpus, tmp_path / "cache")
+    np.testing.assert_array_equal(all_tokens(again), expected_tokens(TEXTS))
+    assert outside.read_text() == "secret"

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import checkpoint, evaluate, metrics, progress, train
+from t5x_lite import checkpoint, evaluate, metrics, progress
+from t5x_lite.workdir import check_space
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -225,7 +226,7 @@ def test_bad_input_gives_one_clear_error_and_loses_nothing(short, shared, flags,
     }
 
 
-def test_a_truncated_checkpoint_is_named_and_an_older_one_offered(
+def test_a_truncated_checkpoint_is_named_and_an_older_one_taken(
     short, shared, tmp_path
 ):
     workdir = tmp_path / "copy"
@@ -233,9 +234,12 @@ def test_a_truncated_checkpoint_is_named_and_an_older_one_offered(
     files = [p for p in (workdir / "checkpoints/2/state").rglob("*") if p.is_file()]
     for path in files:
         os.truncate(path, path.stat().st_size // 2)
-    out = run(workdir, shared, "--config.steps=4", code=2)
+    asked = "--config.checkpoint.restore_step=2"
+    out = run(workdir, shared, "--config.steps=4", asked, code=2)
     assert "checkpoints/2 cannot be read" in out and "restore_step=1" in out
-    out = run(workdir, shared, "--config.steps=4", "--config.checkpoint.restore_step=1")
+    assert steps(workdir) == [1, 2]
+    out = run(workdir, shared, "--config.steps=4")
+    assert "warning: checkpoint" in out and "checkpoints/2 cannot be read" in out
     assert "resuming after step 1 of 4" in out and "moved the later" in out
     assert (workdir / "abandoned" / "2-0").is_dir()
     assert steps(workdir) == [2, 4]
@@ -274,8 +278,8 @@ def test_evaluate_on_more_devices_than_the_run_had(short, shared, capsys):
 def test_a_full_disk_is_one_clear_error_and_keeps_what_is_there(short, shared):
     free = shutil.disk_usage(short)._replace(free=1000)
     with mock.patch("shutil.disk_usage", return_value=free):
-        with pytest.raises(OSError, match="two checkpoints need"):
-            train.check_space(short, 10**6)
+        with pytest.raises(OSError, match="2 more checkpoints need"):
+            check_space(short, 10**6, 2)
     with tempfile.TemporaryDirectory() as directory:
         saved = checkpoint.Checkpoints(directory, tiny_config().checkpoint)
         saved.save(1, {"x": np.zeros(8)}, {})
@@ -302,10 +306,11 @@ def test_the_best_checkpoint_outlives_a_restart(tmp_path):
     for start, losses in ((1, [3.0, 1.0, 5.0]), (4, [5.0, 2.0])):
         saved = checkpoint.Checkpoints(tmp_path, keep)
         for step, loss in enumerate(losses, start):
-            saved.save(step, {"x": np.full(8, loss)}, {}, heldout_loss=loss)
+            saved.save(step, {"x": np.full(8, loss)}, {}, {"heldout_loss": loss})
             saved.wait()
         saved.close()
-    assert steps(tmp_path) == [2, 5]
+    # 4 is there until 5 is known to be good, which the next save asks.
+    assert steps(tmp_path) == [2, 4, 5]
 
 
 def test_an_unwritable_workdir_is_refused_at_once(shared, tmp_path):

@@ -190,10 +190,15 @@ def test_train_refuses(arguments, message, tmp_path, monkeypatch):
 
 
 def test_checksums_of_the_data_folder():
-    table = (ROOT / "data/README.md").read_text()
+    for folder in (ROOT / "data", ROOT / "data/stages"):
+        _check_table(folder)
+
+
+def _check_table(folder: Path):
+    table = (folder / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(\S+)` \|.*`([0-9a-f]{64})` \|$", table, re.M))
-    files = {p.name for p in (ROOT / "data").iterdir() if p.name != "README.md"}
+    files = {p.name for p in folder.iterdir() if p.is_file()} - {"README.md"}
     assert set(rows) == files
     for name, expected in rows.items():
-        content = (ROOT / "data" / name).read_bytes()
+        content = (folder / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == expected, name

@@ -106,7 +106,7 @@ def encoded(cfg, params, cells: dict) -> np.ndarray:
         bound = model.bind(net, params)
         if cfg.model.structure == "encoder_decoder":
             return bound.encode(cells)
-        return bound.states({"main": cells})
+        return bound.states({"main": cells})[0]
 
     return np.asarray(run(params))
 

@@ -197,12 +197,14 @@ def _blocks(windows: Iterable[np.ndarray], vocab: Vocab) -> Iterator[np.ndarray]
         yield np.concatenate(held)
 
 
-def _documents(spec: str, vocab: Vocab) -> Iterator[np.ndarray]:
+def _documents(
+    spec: str, options: sources.Options, vocab: Vocab
+) -> Iterator[np.ndarray]:
     """Tokens of each document, with a progress bar."""
     import tqdm
 
     with tqdm.tqdm(unit="B", unit_scale=True, desc="reading text") as bar:
-        texts = sources.documents(spec, progress=bar.update)
+        texts = sources.documents(spec, options=options, progress=bar.update)
         while batch := list(itertools.islice(texts, 64)):
             yield from vocab.encode_batch(batch)
 
@@ -228,7 +230,8 @@ def main(argv: list[str] | None = None):
     similar.add_argument("--dims", type=int, default=100, help="dimensions of the SVD")
     similar.add_argument("--min_count", type=int, default=20, help="least occurrences")
     for command in (phrases, similar):
-        command.add_argument("--data", required=True, help="path or glob: .txt, .jsonl")
+        command.add_argument("--data", required=True, help="text; see data/sources.py")
+        cli.add_reading(command)
         command.add_argument("--vocab", required=True, help="'bytes' or a .model file")
         command.add_argument("--output", required=True, help="the file to write")
     args = parser.parse_args(argv)
@@ -236,7 +239,7 @@ def main(argv: list[str] | None = None):
     if not args.output.endswith(ending):
         raise ValueError(f"--output={args.output!r}: the name must end in {ending}.")
     vocab = vocabularies.load(args.vocab)
-    texts = _documents(args.data, vocab)
+    texts = _documents(args.data, sources.Options.of(args), vocab)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     if args.command == "phrases":
         knobs = {

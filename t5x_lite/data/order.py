@@ -18,11 +18,10 @@ class Order:
         n_tokens: tokens in the store.
         window: tokens of a window.
         seed: any integer.
-
         recut: False = the same windows in every epoch, cut from the first token on.
 
     Raises:
-        ValueError: the store is shorter than one window.
+        ValueError: the store is shorter than one window, or has 2**32 windows.
     """
 
     def __init__(self, n_tokens: int, window: int, seed: int, recut: bool = True):
@@ -32,11 +31,7 @@ class Order:
         self.seed = seed
         self.recut = recut
         self.windows_per_epoch = n_tokens // window
-        if self.windows_per_epoch >= 2**32:
-            raise ValueError(
-                f"{self.windows_per_epoch} windows of {window} tokens: at most 2**32 "
-                "can be shuffled. Use longer windows or several sources."
-            )
+        _check_count(self.windows_per_epoch, window)
 
     def starts(self, first_example: int, count: int) -> np.ndarray:
         """First token of the windows of `count` examples: int64 [count]."""
@@ -91,6 +86,8 @@ class Documents:
         window: tokens of a window.
         seed: any integer.
 
+    Memory: 32 bytes for each document of the store, in each process.
+
     Raises:
         ValueError: fewer than two documents are long enough.
     """
@@ -113,6 +110,7 @@ class Documents:
         self.windows_D = np.maximum(self.length_D // window, 1)
         self.until_D = np.cumsum(self.windows_D)
         self.windows_per_epoch = int(self.until_D[-1])
+        _check_count(self.windows_per_epoch, window)
 
     def windows_of(self, examples_B: np.ndarray, shuffle: bool) -> np.ndarray:
         """The windows that examples (global indices) show: int64 [B]."""
@@ -160,6 +158,14 @@ class Documents:
         tokens_BT = self.store.windows(starts_B, self.window).astype(np.int32)
         size_B1 = np.minimum(self.length_D[documents_B], self.window)[:, None]
         return np.where(np.arange(self.window) < size_B1, tokens_BT, 0)
+
+
+def _check_count(windows: int, window: int) -> None:
+    if windows >= 2**32:
+        raise ValueError(
+            f"{windows} windows of {window} tokens: fewer than 2**32 can be shuffled. "
+            "Use longer windows (config.data.inputs_length) or a mixture of parts."
+        )
 
 
 def check_window(n_tokens: int, window: int) -> None:

@@ -1,30 +1,42 @@
-"""Batches as a function of (seed, step): order, objective, layout, prefetching.
+"""Batches of text: order, objective, layout; and making batches ahead.
 
-Example i is window order(i) of the token store; the batch of step s holds the
-examples [s * batch_size, (s + 1) * batch_size), of which a host takes its slice. No
-state is kept, so seeking costs nothing and any number of hosts makes the same batches.
+Example i is window order(i) of the token store; see `batches.AnyBatches`.
 """
 
 import contextlib
 import inspect
-import zlib
+import logging
+import os
+import signal
+import threading
+import time
 from collections.abc import Generator
-from typing import Any, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
 
 from t5x_lite.config import nearest
+from t5x_lite.data.batches import AnyBatches, Streams, check_rows, joined, runs, shape
 from t5x_lite.data.order import Documents, Order, check_window
 from t5x_lite.data.store import TokenStore
-from t5x_lite.example import OPTIONAL, STREAM, Example, Passages
+from t5x_lite.example import STREAM, Example, Passages
 from t5x_lite.layouts import LAYOUTS, decoder_all, single
 from t5x_lite.objectives import OBJECTIVES
 from t5x_lite.objectives.draws import Draws
 from t5x_lite.vocab import Vocab
 
+MOST_DEATHS = 4
+_log = logging.getLogger(__name__)
 
-class Batches:
-    """Random access to the batches of a run: `batches[step]` -> rows of this host.
+
+class ByStep(Protocol):
+    """What `iterate` goes through: `AnyBatches`, or some of its steps."""
+
+    def __getitem__(self, step: int, /) -> dict[str, Any]: ...
+
+
+class Batches(AnyBatches):
+    """The batches of one text: windows of its token store, given to an objective.
 
     Args:
         store: the tokens.
@@ -44,7 +56,6 @@ class Batches:
 
     Attributes:
         raw_length: tokens of the store per example.
-        shapes: stream name -> (T cells, K predicted cells, G query streams).
         examples_per_epoch: windows of the store.
 
     Raises:
@@ -69,11 +80,7 @@ class Batches:
         static_noise: bool = False,
     ):
         _check_names(objective, structure)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size:
-            raise ValueError(f"rows={rows} of a batch: allowed is [0, {batch_size}).")
+        self.rows = check_rows(rows, batch_size)
         row = OBJECTIVES[objective]
         self._make, self._knobs = row.make, dict(knobs)
         self._layout = LAYOUTS[structure]
@@ -85,7 +92,7 @@ class Batches:
         self.store, self.vocab, self.seed = store, vocab, seed
         self.batch_size, self.evaluation = batch_size, evaluation
         self.memory_length, self.static_noise = memory_length, static_noise
-        self.rows = rows
+        self.fingerprint = store.fingerprint
         self.documents = None
         if row.reads(knobs) == "passages":
             if memory_length:
@@ -107,62 +114,35 @@ class Batches:
         blank = Passages(blank_1T, blank_1T) if self.documents else blank_1T
         with _explain_knobs(objective, knobs):
             streams = self._streams(blank, Draws(0, 0, 1))
-        self.shapes = {name: _shape(stream) for name, stream in streams.items()}
+        self.shapes = {name: shape(stream) for name, stream in streams.items()}
 
-    def __len__(self) -> int:
-        """Batches of an evaluation; training has no end."""
-        if not self.evaluation:
-            raise TypeError("batches for training have no length: pass first and last.")
-        return -(-self.examples_per_epoch // self.batch_size)
+    def describe(self) -> str:
+        s = self.store
+        return f"{s.n_tokens:,} tokens in {s.n_documents:,} documents"
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        """This host's rows of the batch of `step`; see `whole`."""
-        return self._rows(step, self.rows)
+    def examples(self, indices_B: np.ndarray) -> Streams:
+        return joined([self._examples(*run) for run in runs(indices_B)])
 
-    def whole(self, step: int) -> dict[str, Any]:
-        """The batch of `step`: streams of [B, T] (see `example`), fingerprint.
-
-        Raises:
-            IndexError: step < 0, or behind the last batch of an evaluation.
-        """
-        return self._rows(step, np.arange(self.batch_size))
-
-    def _rows(self, step: int, rows: np.ndarray) -> dict[str, Any]:
-        if step < 0 or (self.evaluation and step >= len(self)):
-            raise IndexError(f"batches[{step}]: no such step.")
-        first = step * self.batch_size
-        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-        made = [self._examples(first + int(run[0]), len(run)) for run in runs]
-        return made[0] if len(made) == 1 else _joined(made)
-
-    def _examples(self, first: int, B: int) -> dict[str, Any]:
+    def _examples(self, first: int, B: int) -> Streams:
         """The examples [first, first + B)."""
         draws = Draws(self.seed, first, B)
         examples_B = np.arange(first, first + B)
         if self.documents is not None:
             windows_B = self.documents.windows_of(examples_B, not self.evaluation)
             if self.static_noise:
-                batch = self._static(windows_B)
-            else:
-                still = self.evaluation
-                batch = self._of_documents(windows_B, examples_B, draws, still)
-        else:
-            if self.evaluation:
-                starts_B = examples_B % self.examples_per_epoch * self.order.window
-            else:
-                starts_B = self.order.starts(first, B)
-            starts_B = (starts_B - self.memory_length) % self.store.n_tokens
-            tokens_BT = self.store.windows(starts_B, self.raw_length)
-            if self.static_noise:
-                batch = self._static(starts_B, tokens_BT)
-            else:
-                batch = self._streams(tokens_BT, draws)
-        batch["fingerprint"] = _fingerprints(batch, first)
+                return self._static(windows_B)
+            return self._of_documents(windows_B, examples_B, draws, self.evaluation)
         if self.evaluation:
-            _weigh_rows(batch, self.examples_per_epoch - first)
-        return batch
+            starts_B = examples_B % self.examples_per_epoch * self.order.window
+        else:
+            starts_B = self.order.starts(first, B)
+        starts_B = (starts_B - self.memory_length) % self.store.n_tokens
+        tokens_BT = self.store.windows(starts_B, self.raw_length)
+        if self.static_noise:
+            return self._static(starts_B, tokens_BT)
+        return self._streams(tokens_BT, draws)
 
-    def _streams(self, raw, draws: Draws) -> dict[str, Any]:
+    def _streams(self, raw, draws: Draws) -> Streams:
         """Raw tokens [B, raw_length] or Passages -> the streams of a batch."""
         M, before = self.memory_length, {}
         if M:
@@ -185,7 +165,7 @@ class Batches:
         raw = self.documents.passages(windows_B, draws.uniform(2), epochs_B)
         return self._streams(Passages(*raw), draws)
 
-    def _static(self, places_B: np.ndarray, tokens_BT=None) -> dict[str, Any]:
+    def _static(self, places_B: np.ndarray, tokens_BT=None) -> Streams:
         """Noise by the place in the store instead of the example's index."""
         rows = []
         for b, place in enumerate(places_B):
@@ -195,37 +175,17 @@ class Batches:
                 rows.append(self._of_documents(places_B[b : b + 1], one, draws, True))
             else:
                 rows.append(self._streams(tokens_BT[b : b + 1], draws))
-        return _joined(rows)
+        return joined(rows)
 
 
 # Targets and weights of a stream that is only read.
 _NOTHING = (np.zeros((1, 0), np.int32), np.zeros((1, 0), np.float32))
 
 
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Batches of some rows each -> one of all of them."""
-    return {
-        name: _joined([part[name] for part in parts])
-        if isinstance(value, dict)
-        else np.concatenate([part[name] for part in parts])
-        for name, value in parts[0].items()
-    }
-
-
-def _shape(stream: dict[str, np.ndarray]) -> tuple[int, int, int]:
-    queries = stream.get("query_ranks")
-    predicted = stream["targets"].shape[1] if "targets" in stream else 0
-    return (
-        stream["tokens"].shape[1],
-        predicted,
-        0 if queries is None else queries.shape[1],
-    )
-
-
 class _Steps:
     """The batches of [first, last) as a Grain source."""
 
-    def __init__(self, batches: Batches, first: int, last: int):
+    def __init__(self, batches: ByStep, first: int, last: int):
         self._batches, self._first, self._last = batches, first, last
 
     def __len__(self) -> int:
@@ -236,60 +196,98 @@ class _Steps:
 
 
 def iterate(
-    batches: Batches, first_step: int, last_step: int, *, prefetch: int = 2
+    batches: ByStep,
+    first_step: int,
+    last_step: int,
+    *,
+    prefetch: int = 2,
+    workers: int = 0,
 ) -> Generator[tuple[int, dict[str, Any]]]:
     """Yields (step, batch) for the steps in [first_step, last_step).
 
     Args:
-        batches: what to go through.
+        batches: what to go through; with workers it is pickled.
         first_step: O(1) to reach, whatever it is.
         last_step: the first step that is not yielded.
-        prefetch: batches made ahead by one thread of Grain; 0 makes them here.
+        prefetch: batches made ahead by one thread of Grain, or by each worker; 0 makes
+            them here.
+        workers: processes that make the batches, the same ones in the same order, for
+            data that one thread cannot make fast enough; they take seconds to start.
+
+    Raises:
+        RuntimeError: `MOST_DEATHS` worker processes died. Before, what a dead one would
+            have made is made here, and new ones go on behind it.
     """
-    if first_step >= last_step:
+    step, deaths = first_step, 0
+    while step < last_step:
+        # The first step need not wait for imports and processes.
+        yield step, batches[step]
+        step += 1
+        try:
+            for batch in _ahead(batches, step, last_step, prefetch, workers):
+                yield step, batch
+                step += 1
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            deaths += 1
+            if deaths == MOST_DEATHS:
+                raise RuntimeError(
+                    f"{deaths} worker processes of the data pipeline died, the last "
+                    f"one before step {step}: {error} Too little memory ends "
+                    "processes with -9: lower config.data.workers, or set it to 0 to "
+                    "make batches in the training process."
+                ) from error
+            _log.warning(
+                "a worker process of the data pipeline died before step %d: %s New "
+                "ones go on (%d of at most %d times)",
+                *(step, error, deaths, MOST_DEATHS - 1),
+            )
+
+
+def _start_worker(index: int, count: int) -> None:
+    """In a worker: Ctrl-C is for the parent, and without it there is nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def follow():
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _ahead(batches: ByStep, first: int, last: int, prefetch: int, workers: int):
+    """The batches of [first, last)."""
+    if first >= last:
         return
-    if not prefetch:
-        for step in range(first_step, last_step):
-            yield step, batches[step]
+    if not prefetch and not workers:
+        for step in range(first, last):
+            yield batches[step]
         return
-    # The first step need not wait for this import.
-    yield first_step, batches[first_step]
     import grain
 
-    # One read thread: more only fight for the interpreter's lock.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
-    source = _Steps(batches, first_step + 1, last_step)
-    ahead = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    source = grain.MapDataset.source(_Steps(batches, first, last))
+    if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain's processes read them
+            flags.FLAGS.mark_as_parsed()
+        here = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        ahead = source.to_iter_dataset(here).mp_prefetch(
+            grain.MultiprocessingOptions(workers, max(prefetch, 1)),
+            worker_init_fn=_start_worker,
+        )
+    else:
+        # One read thread: more only fight for the interpreter's lock.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+        ahead = source.to_iter_dataset(options)
+    ahead = iter(ahead)
     try:
-        yield from enumerate(ahead, first_step + 1)
+        yield from ahead
     finally:
         ahead.close()
-
-
-def _fingerprints(batch: dict[str, Any], first: int) -> np.ndarray:
-    """crc32 of (global index, tokens, targets, what else is drawn): uint32 [B]."""
-    drawn = ("tokens", "targets", *OPTIONAL)
-    parts = [s[k] for s in batch.values() for k in drawn if k in s]
-    if "main" in batch:  # an encoder-decoder's ranks say nothing new
-        parts.append(batch["main"]["ranks"])
-    rows_BT = np.concatenate(
-        [part.reshape(len(part), -1) for part in parts], axis=1, dtype="<i4"
-    )
-    indices_B = np.arange(first, first + len(rows_BT), dtype="<i8")
-    crcs = [
-        zlib.crc32(row.data, zlib.crc32(index.data))
-        for row, index in zip(rows_BT, indices_B[:, None], strict=True)
-    ]
-    return np.array(crcs, np.uint32)
-
-
-def _weigh_rows(batch: dict[str, Any], counted: int) -> None:
-    """Gives weight 0 to the rows from `counted` on."""
-    for stream in batch.values():
-        if isinstance(stream, dict) and "weights" in stream:
-            if counted < len(stream["weights"]):
-                stream["weights"] = stream["weights"].copy()
-                stream["weights"][max(counted, 0) :] = 0
 
 
 @contextlib.contextmanager

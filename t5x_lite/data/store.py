@@ -16,32 +16,34 @@ time to read 128 random windows of 568 tokens from warm files, and to write the 
     zarr3, uncompressed, all held in TensorStore's cache  1.47 ms   -
     zarr3, one uncompressed chunk, memmap (chosen)        0.04 ms   0.21 s
 
-A store lives in `cache_dir/<fingerprint>/`: `c/0` the tokens, `zarr.json`, and
-`store.json`, written last: without it the store is not complete and is built on from
-`progress.json`, the last place where the tokens were safely on disk.
+A store lives in `cache_dir/<fingerprint>/`: `c/0` the tokens, `zarr.json`,
+`statistics.json` (see statistics.py, per file too) and `store.json`, written last:
+without it the store is not complete and is built on (see building.py). It holds a
+CRC-32 of every 64 MiB of tokens and the digests of the other files, and of itself, so
+that damage is found and named. All of it is read again only when a file has changed.
 """
 
 import contextlib
+import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-import tqdm
 
-from t5x_lite.data import sources
+from t5x_lite.data import building, records, sources
+from t5x_lite.data.encoding import dtype_of
+from t5x_lite.data.statistics import Statistics
 from t5x_lite.vocab import Vocab
 
 VERSION = 1  # of the store: change it when the same text would give other tokens
-BATCH_CHARS = 2**20  # text encoded in one call
-COMMIT_SECONDS = 2.0  # a killed build loses at most this much work
 
 _log = logging.getLogger(__name__)
 
@@ -50,17 +52,27 @@ class TokenStore:
     """A complete store, opened for reading.
 
     Attributes:
+        path: its folder.
         n_tokens: number of tokens, the EOS of each document included.
         n_documents: number of documents.
-        fingerprint: hash of the source's content, the vocabulary and `VERSION`.
+        fingerprint: hash of the source's content, the vocabulary, what was asked for
+            and `VERSION`.
+        statistics: of all its documents.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]):
+        self.path = path
         self.n_tokens: int = meta["n_tokens"]
         self.n_documents: int = meta["n_documents"]
         self.fingerprint: str = meta["fingerprint"]
+        self.statistics = Statistics(**meta["statistics"])
         # A plain array: the memmap subclass costs time at each indexing.
         self._tokens = np.asarray(np.memmap(path / "c/0", meta["dtype"], "r"))
+        self._meta = meta
+
+    def __reduce__(self):
+        # For worker processes: they open the file, the tokens do not travel.
+        return TokenStore, (self.path, self._meta)
 
     def windows(self, starts_B: np.ndarray, length: int) -> np.ndarray:
         """Tokens from each start on: int32 [B, length]; wraps around at the end.
@@ -90,8 +102,20 @@ class TokenStore:
         return np.concatenate(found)
 
 
+Build = Callable[..., building.Writer]
+
+
 def open_store(
-    source: str, vocab: Vocab, cache_dir: str | os.PathLike, *, progress: bool = True
+    source: str,
+    vocab: Vocab,
+    cache_dir: str | os.PathLike,
+    *,
+    options: sources.Options | None = None,
+    deduplicate: bool = False,
+    processes: int = 0,
+    progress: bool = True,
+    verify: bool = False,
+    build: Build = building.build,
 ) -> TokenStore:
     """Opens the store of a source, building it first if need be.
 
@@ -103,34 +127,54 @@ def open_store(
         source: see `sources.documents`.
         vocab: its ids fill the store.
         cache_dir: where stores are kept; made if missing.
+        options: how the source is read; None = as by default.
+        deduplicate: leave out documents whose very text came before.
+        processes: that make tokens while building; 1 = this one alone, 0 = as many as
+            this process may use cores, but at most one per 16 MiB of files. The store
+            is the same with any number.
         progress: show a progress bar while building.
+        verify: read all of a complete store, even if none of its files has changed.
+        build: with the arguments of `building.build`.
 
     Raises:
         FileNotFoundError, ValueError: the source cannot be read or holds no text.
         OSError: cache_dir cannot be written, or the disk is full.
     """
     cache = Path(cache_dir)
-    paths = sources.files(source)
+    options = options or sources.Options()
+    files = sources.files(source, options)
     with _clear_os_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        digests = _Digests(cache / "digests.json")
-        fingerprint = _fingerprint(paths, vocab, digests)
+        digests = records.Digests(cache / "digests.json", again=verify)
+        fingerprint = _fingerprint(files, vocab, options, deduplicate, digests)
         path = cache / fingerprint
-        store = _open_complete(path, digests)
-        if store is None:
+        store = _open_complete(path, vocab, digests)
+        left = (path / "progress.json").exists() and os.access(path, os.W_OK)
+        if store is None or left:
             with _lock(cache / f"{fingerprint}.lock"):
                 # By now another process may have built it.
-                store = _open_complete(path, digests, forget_damaged=True)
-                if store is None:
-                    done = _build(source, paths, vocab, path, progress)
-                    if _fingerprint(paths, vocab, digests) != fingerprint:
-                        (path / "progress.json").unlink()
-                        raise ValueError(
-                            f"source {source!r} was changed while it was tokenised. "
-                            "Start again when it is complete."
-                        )
-                    _complete(path, done, fingerprint, source, vocab)
-                    store = _open_complete(path, digests)
+                store = _open_complete(path, vocab, digests, forget_damaged=True)
+                # Twice: what a killed build left may turn out to be damaged.
+                for _ in range(2 if store is None else 0):
+                    writer = build(
+                        path,
+                        source,
+                        files,
+                        vocab,
+                        options,
+                        deduplicate=deduplicate,
+                        processes=processes,
+                        progress=progress,
+                    )
+                    now = sources.files(source, options)
+                    again = _fingerprint(now, vocab, options, deduplicate, digests)
+                    _check_source(writer, source, again != fingerprint)
+                    about = {"source": source, "vocab": vocab.spec, "version": VERSION}
+                    writer.complete({"fingerprint": fingerprint, **about})
+                    store = _open_complete(path, vocab, digests, forget_damaged=True)
+                    if store is not None:
+                        break
+                building.clean(path)
         digests.save()
     if store is None:
         raise OSError(
@@ -140,203 +184,99 @@ def open_store(
     return store
 
 
-def _fingerprint(paths: list[Path], vocab: Vocab, digests: "_Digests") -> str:
-    content = [(sources.kind(p), digests.of(p)) for p in paths]
-    described = json.dumps([VERSION, vocab.fingerprint, vocab.eos_id, content])
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
+def _fingerprint(
+    files: list[sources.File],
+    vocab: Vocab,
+    options: sources.Options,
+    deduplicate: bool,
+    digests: records.Digests,
+) -> str:
+    content = []
+    for file in files:
+        digest = digests.of(file.path) if file.path else ""
+        content.append([file.kind, digest, *filter(None, [file.identity])])
+    described = [VERSION, vocab.fingerprint, vocab.eos_id, content]
+    # What is as by default is left out: a new option leaves all stores as they are.
+    usual = dataclasses.asdict(sources.Options())
+    asked = dataclasses.asdict(options)
+    chosen = {name: value for name, value in asked.items() if value != usual[name]}
+    if deduplicate:
+        chosen["deduplicate"] = True
+    plain = json.dumps([*described, chosen] if chosen else described)
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+def _check_source(writer: building.Writer, source: str, changed: bool):
+    """Refuses a source without text, and one that is no longer what was read."""
+    if not writer.state.n_documents:
+        total = writer.total()
+        left_out = sources.Counts(
+            empty=total.empty, repaired=total.repaired, skipped=total.skipped
+        )
+        raise ValueError(sources.nothing(source, left_out))
+    if changed:
+        (writer.path / "progress.json").unlink()
+        raise ValueError(
+            f"source {source!r} was changed while it was tokenised. Start again when "
+            "it is complete."
+        )
 
 
 def _open_complete(
-    path: Path, digests: "_Digests", forget_damaged: bool = False
+    path: Path, vocab: Vocab, digests: records.Digests, forget_damaged: bool = False
 ) -> TokenStore | None:
     """The store, or None if it is not complete or damaged."""
     if not (path / "store.json").exists():
         return None
     try:
-        meta = json.loads((path / "store.json").read_text())
-        size = (path / "c/0").stat().st_size
-        expected = meta["n_tokens"] * np.dtype(meta["dtype"]).itemsize
-        if size != expected:
-            raise ValueError(f"{size} bytes of tokens instead of {expected}")
-        crc32 = digests.of(path / "c/0", _crc32)
-        if crc32 != meta["crc32"]:
-            raise ValueError(f"crc32 of the tokens {crc32} instead of {meta['crc32']}")
+        meta = records.read(path / "store.json")
+        _check(path, meta, vocab, digests)
+        return TokenStore(path, meta)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         if forget_damaged:
             _log.warning("token store %s is damaged: %s. Rebuilding", path, error)
             (path / "store.json").unlink()
             (path / "progress.json").unlink(missing_ok=True)
         return None
-    return TokenStore(path, meta)
 
 
-def _dtype(vocab: Vocab) -> np.dtype:
-    return np.min_scalar_type(vocab.size - 1).newbyteorder("<")
-
-
-def _build(
-    source: str, paths: list[Path], vocab: Vocab, path: Path, progress: bool
-) -> dict[str, int]:
-    """Tokenises the source into `path`, going on where a killed build stopped."""
-    dtype = _dtype(vocab)
-    (path / "c").mkdir(parents=True, exist_ok=True)
-    done = {"n_documents": 0, "n_tokens": 0, "crc32": 0}
-    if (path / "progress.json").exists():
-        done = json.loads((path / "progress.json").read_text())
-    total = sum(p.stat().st_size for p in paths)
-    with (
-        open(path / "c/0", "ab") as file,
-        tqdm.tqdm(
-            total=total,
-            unit="B",
-            unit_scale=True,
-            desc=f"tokenising {source}",
-            disable=not progress,
-        ) as bar,
-    ):
-        if file.tell() < done["n_tokens"] * dtype.itemsize:
-            raise OSError(
-                f"unfinished token store {str(path)!r} is shorter than its progress "
-                "file says. Delete the folder and start again."
+def _check(path: Path, meta: dict[str, Any], vocab: Vocab, digests: records.Digests):
+    """Raises if a part of the store is not what was written, and names the part."""
+    if meta["dtype"] != dtype_of(vocab).str or type(meta["n_tokens"]) is not int:
+        raise ValueError(f"store.json has tokens of type {meta['dtype']}")
+    if meta["fingerprint"] != path.name:
+        raise ValueError(f"store.json is that of another one, {meta['fingerprint']}")
+    step = building.BLOCK_BYTES
+    if meta["block_bytes"] != step:
+        raise ValueError(f"store.json has blocks of {meta['block_bytes']} bytes")
+    for name in ("zarr.json", "statistics.json"):
+        if digests.of(path / name) != meta["files"][name]:
+            raise ValueError(f"{name} is not as it was written")
+    width = np.dtype(meta["dtype"]).itemsize
+    size, expected = (path / "c/0").stat().st_size, meta["n_tokens"] * width
+    if size != expected:
+        raise ValueError(f"c/0 has {size} bytes of tokens instead of {expected}")
+    found = digests.of(path / "c/0", crc32_of_blocks)
+    for i, (was, now) in enumerate(zip(meta["blocks"], found, strict=True)):
+        if was != now:
+            first, last = (j * step // width for j in (i, i + 1))
+            raise ValueError(
+                f"c/0, tokens {first} to {min(last, meta['n_tokens']) - 1}: crc32 "
+                f"{now} instead of {was}"
             )
-        file.truncate(done["n_tokens"] * dtype.itemsize)
-        committed = time.monotonic()
-        texts = sources.documents(
-            source, start=done["n_documents"], progress=bar.update
-        )
-        for batch in _batches(texts):
-            tokens = _join(vocab.encode_batch(batch), vocab.eos_id, dtype)
-            file.write(tokens.data)
-            done = {
-                "n_documents": done["n_documents"] + len(batch),
-                "n_tokens": done["n_tokens"] + len(tokens),
-                "crc32": zlib.crc32(tokens.data, done["crc32"]),
-            }
-            if time.monotonic() - committed >= COMMIT_SECONDS:
-                _commit(file, path, done)
-                committed = time.monotonic()
-        bar.update(total - bar.n)
-        _commit(file, path, done)
-    return done
 
 
-def _complete(
-    path: Path, done: dict[str, int], fingerprint: str, source: str, vocab: Vocab
-) -> None:
-    """Writes the metadata; the last file makes the store complete."""
-    _describe_as_zarr(path, done["n_tokens"], _dtype(vocab))
-    meta = {
-        **done,
-        "dtype": _dtype(vocab).str,
-        "fingerprint": fingerprint,
-        "source": source,
-        "vocab": vocab.spec,
-        "version": VERSION,
-    }
-    _write_json(path / "store.json", meta)
-    (path / "progress.json").unlink()
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Groups documents, so that memory is bounded by a group and one document."""
-    batch, chars = [], 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _join(ids: list[np.ndarray], eos_id: int, dtype: np.dtype) -> np.ndarray:
-    eos = np.array([eos_id], np.int32)
-    parts = [part for document in ids for part in (document, eos)]
-    return np.concatenate(parts, dtype=dtype, casting="unsafe")
-
-
-def _commit(file, path: Path, done: dict[str, int]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    _write_json(path / "progress.json", done)
-
-
-def _describe_as_zarr(path: Path, n_tokens: int, dtype: np.dtype) -> None:
-    """Lets TensorStore write the metadata that makes `c/0` a Zarr v3 array."""
-    import tensorstore
-
-    grid = {"name": "regular", "configuration": {"chunk_shape": [n_tokens]}}
-    metadata = {
-        "shape": [n_tokens],
-        "data_type": dtype.name,
-        "chunk_grid": grid,
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-    }
-    (path / "zarr.json").unlink(missing_ok=True)
-    tensorstore.open(
-        {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(path)},
-            "metadata": metadata,
-        },
-        create=True,
-    ).result()
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Replaces the file in one step, after its content is on disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _sha256(file) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _crc32(file) -> int:
-    crc32 = 0
-    while block := file.read(2**22):
-        crc32 = zlib.crc32(block, crc32)
-    return crc32
-
-
-class _Digests:
-    """Content digests of files, kept while their size, times and inode stay the same.
-
-    Only saves reading large files again at each start. The change time (ctime) cannot
-    be set back by a program; a file changed less than 2 s ago is not kept, because a
-    further change could fall on the same tick of its clock.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._known: dict[str, list] = {}
-        if path.exists():
-            with contextlib.suppress(json.JSONDecodeError):  # only a cache
-                self._known = json.loads(path.read_text())
-        self._before = dict(self._known)
-
-    def of(self, path: Path, digest=_sha256) -> Any:
-        with open(path, "rb") as file:
-            stat = os.fstat(file.fileno())
-            state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-            key = f"{digest.__name__} {path.resolve()}"
-            *known_state, value = self._known.get(key, [None])
-            if known_state != state:
-                value = digest(file)
-                self._known.pop(key, None)
-                if time.time_ns() - stat.st_ctime_ns > 2 * 10**9:
-                    self._known[key] = [*state, value]
-        return value
-
-    def save(self) -> None:
-        if self._known != self._before and os.access(self._path.parent, os.W_OK):
-            _write_json(self._path, self._known)
+def crc32_of_blocks(file: IO[bytes]) -> list[int]:
+    """CRC-32 of every `BLOCK_BYTES`; of nothing at the end if they come out even."""
+    found, step = [], min(2**22, building.BLOCK_BYTES)
+    while True:
+        crc32 = 0
+        for _ in range(0, building.BLOCK_BYTES, step):
+            block = file.read(step)
+            crc32 = zlib.crc32(block, crc32)
+        found.append(crc32)
+        if len(block) < step:
+            return found
 
 
 @contextlib.contextmanager
@@ -363,9 +303,11 @@ def _clear_os_errors(cache: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or not _is_below(error.filename, cache):
             raise  # has its message already, or is about the source
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way = "Free some space (2 to 4 bytes a token) or choose" if full else "Choose"
         raise OSError(
             error.errno,
             f"token store in cache_dir={str(cache)!r} cannot be written: "
-            f"{error.strerror}. Free some space (2 to 4 bytes a token) or choose "
-            "another cache_dir; the next start goes on from what was written",
+            f"{error.strerror}. {way} another config.data.cache_dir; the next start "
+            "goes on from what was written",
         ) from error

@@ -12,6 +12,7 @@ MAX_CHARACTERS = 50
 # Above the 256 bytes: the sentence marks, the ends of a word and its padding. All ids
 # are one higher in an array, where 0 is padding after the sentence.
 BOS_CHARACTER, EOS_CHARACTER, WORD_BEGIN, WORD_END, WORD_PAD = range(256, 261)
+_READING = sources.Options()
 BOS, EOS, UNKNOWN = "<S>", "</S>", "<UNK>"
 WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 
@@ -54,10 +55,10 @@ class Text:
     words: the distinct words, BOS and EOS first; stream_N: int32 indices into them.
     """
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, options: sources.Options = _READING):
         index = {BOS: 0, EOS: 1}
         stream = []
-        for document in sources.documents(source):
+        for document in sources.documents(source, options=options):
             for line in filter(str.strip, document.splitlines()):
                 found = WORD.findall(line)
                 stream += [0, *(index.setdefault(w, len(index)) for w in found), 1]

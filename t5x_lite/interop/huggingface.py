@@ -91,7 +91,7 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} has no config.json. Copy the model's there.")
     try:
         found = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} is no JSON: {e}. Copy the model's there.") from e
     if not isinstance(found, dict):
         raise ValueError(f"{file} is no JSON object. Copy the model's there.")
@@ -114,7 +114,9 @@ def open_weights(path: pathlib.Path) -> Lazy:
     if index.is_file():
         try:
             files = set(json.loads(index.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
+        except (
+            *(ValueError, KeyError, AttributeError, TypeError, RecursionError),
+        ) as e:
             raise ValueError(f"{index} is damaged: {e!r}. Copy it again.") from e
         return torch_files.open_tensors([_inside(path, name) for name in sorted(files)])
     if one.is_file():

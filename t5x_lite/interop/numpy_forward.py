@@ -29,7 +29,8 @@ def unsupported(model: Mapping[str, Any]) -> str:
     if (way := model.get("parametrisation", "standard")) != "standard":
         return f"parametrisation={way!r}"
     more = ("query_streams", "memory_length", "window", "generator_width", "d_entity")
-    return next((f"{key}={model[key]}" for key in more if model[key]), "")
+    more += ("head", "mix_layers")
+    return next((f"{k}={model[k]!r}" for k in more if model.get(k)), "")
 
 
 def forward(arrays: Mapping[str, Any], model: Mapping[str, Any], batch: dict) -> dict:

@@ -31,12 +31,22 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from t5x_lite import cli, config, embeddings, layers, optim, parameters, run, stack
+from t5x_lite import (
+    cli,
+    config,
+    embeddings,
+    layers,
+    optim,
+    parameters,
+    run,
+    stack,
+    webpage,
+)
 from t5x_lite.kernels import attention
 from t5x_lite.model import bind, build
 from t5x_lite.model_config import ModelConfig, base_config, with_base
 from t5x_lite.step import make_train_step
-from t5x_lite.studies import costs, page
+from t5x_lite.studies import costs, figures
 
 PARAMETRISATIONS = {"standard": "standard", "mup": "muP"}  # and what figures call them
 GROW = ("heads", "head_dim", "depth")
@@ -101,7 +111,8 @@ def main(argv: list[str] | None = None):
         for way, of in found.items()
     }
     told = dataclasses.asdict(flags) | dict(config=config.to_json(cfg), means=means)
-    written = {".json": json.dumps(told, indent=1).encode(), ".png": page.png(figure)}
+    picture = webpage.png(figure, figures.DPI)
+    written = {".json": json.dumps(told, indent=1).encode(), ".png": picture}
     for suffix, content in written.items():
         temporary = output / f"coordcheck{suffix}.part"
         temporary.write_bytes(content)

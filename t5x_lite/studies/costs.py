@@ -73,6 +73,8 @@ def _split(shape: model_lib.ModelConfig) -> dict[str, int]:
 
 def stream_shapes(cfg: Config, words: vocab.Vocab) -> dict[str, tuple[int, int, int]]:
     """Stream name -> (T cells, K predicted cells, G query streams) of a batch."""
+    if cfg.data.tasks:
+        return _task_shapes(cfg)
     objective = json.dumps(config_lib.to_json(cfg.objective), sort_keys=True)
     return _stream_shapes(
         words,
@@ -82,6 +84,19 @@ def stream_shapes(cfg: Config, words: vocab.Vocab) -> dict[str, tuple[int, int, 
         cfg.model.memory_length,
         cfg.data.train_inputs,
     )
+
+
+def _task_shapes(cfg: Config) -> dict[str, tuple[int, int, int]]:
+    """Of rows that are full: as much as labelled examples can cost."""
+    T, K = cfg.data.inputs_length, cfg.data.targets_length
+    if cfg.data.task_format == "head":
+        T, K = (T, T) if cfg.loss.lm_weight else (T, 1)
+        main = (T, K, 0)
+        both = {"encoder": (T, 0, 0), "decoder": main}
+    else:
+        main = (T + K - 1, T + K - 1, 0)
+        both = {"encoder": (T, 0, 0), "decoder": (K, K, 0)}
+    return both if cfg.model.structure == "encoder_decoder" else {"main": main}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -30,7 +30,7 @@ def loss_label(found: Analysis) -> str:
     own = scores == {"loss"} if kind == "heldout" else False
     name = "" if own else (", ".join(sorted(scores)) if kind == "heldout" else kind)
     name = name.removesuffix("loss").replace("_", " ").strip()
-    return f"held-out {LOSS}" if not name else f"{name}: held-out {LOSS}"
+    return f"{name}: held-out {'' if 'error' in name else LOSS}".strip(" :")
 
 
 def _panels(names: Sequence[str], width=5.6, height=4.2, most=2):

@@ -1,8 +1,6 @@
 """The report of a study: PNG figures, and one HTML page that holds everything."""
 
-import base64
 import html
-import io
 import json
 import pathlib
 import string
@@ -10,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from t5x_lite import webpage
 from t5x_lite.studies import compare, figures, summary
 from t5x_lite.studies.analysis import Analysis, Cell
 from t5x_lite.studies.commands_fit import flat
@@ -23,20 +21,9 @@ PAGE = string.Template("""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto;
-  padding: 0 1rem; color: #222; background: #fff; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-img { max-width: 100%; height: auto; }
-figure { margin: 1rem 0; } figcaption, .note { color: #555; font-size: 0.9rem; }
-pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; }
-th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+$style
 .is::marker { content: "✓ "; color: #1a7f37; }
 .not::marker { content: "✗ "; color: #b3261e; }
-:target { background: #fff3c4; }
-nav a { margin-right: 1rem; }
 </style>
 <h1>$title</h1>
 <p class="note">$about</p>
@@ -73,12 +60,13 @@ def write(found: Analysis, output: pathlib.Path, name: str) -> pathlib.Path:
             path.unlink(missing_ok=True)  # one of an earlier report would mislead
             body = f'<p class="note">No figure: {html.escape(figure)}</p>'
         else:
-            path.write_bytes(png(figure))
-            body = _image(path.read_bytes(), heading, caption)
+            path.write_bytes(webpage.png(figure, figures.DPI))
+            body = webpage.image(path.read_bytes(), heading, caption)
         blocks.append(f'<h2 id="{key}">{html.escape(heading)}</h2>\n{body}')
     contents += [("laws", "Laws"), ("cells", "Cells"), ("configs", "Configs")]
     page = PAGE.substitute(
         title=html.escape(f"Study {name}"),
+        style=webpage.STYLE,
         about=html.escape(_about(found)),
         contents=" ".join(
             f'<a href="#{key}">{html.escape(label)}</a>' for key, label in contents
@@ -86,9 +74,9 @@ def write(found: Analysis, output: pathlib.Path, name: str) -> pathlib.Path:
         figures="\n".join(blocks),
         laws=html.escape("\n".join(laws_as_text(found)).strip()),
         cells_note=html.escape(
-            "Loss: mean of the seeds ± their standard deviation, nats per predicted "
-            "token. Better than: cells whose loss is higher by more than noise "
-            "explains (Games-Howell; of more than "
+            f"{figures.loss_label(found).capitalize()}: mean of the seeds ± their "
+            "standard deviation. Better than: cells whose loss is higher by more than "
+            "noise explains (Games-Howell; of more than "
             f"{compare.MOST_PAIRED} cells the best one alone is compared). A cell's "
             "name leads to its config."
         ),
@@ -99,21 +87,6 @@ def write(found: Analysis, output: pathlib.Path, name: str) -> pathlib.Path:
     path = output / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG, without metadata that changes from call to call."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figures.DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _image(data: bytes, heading: str, caption: str) -> str:
-    return (
-        f'<figure><img alt="{html.escape(heading)}" src="data:image/png;base64,'
-        f'{base64.b64encode(data).decode()}">\n'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
 
 
 def _about(found: Analysis) -> str:

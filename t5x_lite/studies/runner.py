@@ -23,16 +23,19 @@ from t5x_lite import (
     __version__,
     checkpoint,
     cli,
+    compatible,
     evaluate,
     metrics,
     sharding,
     step,
+    stopping,
     train,
 )
 from t5x_lite import run as run_lib
 from t5x_lite.config import Config
 from t5x_lite.studies import costs, grid
 from t5x_lite.studies.progress import Progress
+from t5x_lite.workdir import only_process, replace
 
 CURVE = 200  # most points of a noted loss curve
 
@@ -126,7 +129,7 @@ def log_to(path: pathlib.Path):
 def run_cell(cell: grid.Cell, where: pathlib.Path) -> dict:
     """Trains, evaluates and adapts one cell, or goes on with it -> its record."""
     began = time.perf_counter()
-    with train.only_process(where):
+    with only_process(where):
         clock = Clock(where / "seconds.json")
         with clock:
             heldout = trained(cell.config, where / "train")
@@ -140,7 +143,7 @@ def run_cell(cell: grid.Cell, where: pathlib.Path) -> dict:
                 found |= {f"{name}_{k}": v for k, v in scores.items()}
         row = record(cell, where, found) | {"wall_seconds": clock.total}
         row["session_seconds"] = time.perf_counter() - began
-        train.replace(where / "result.json", json.dumps(row) + "\n")
+        replace(where / "result.json", json.dumps(row) + "\n")
     return row
 
 
@@ -156,14 +159,23 @@ class Clock:
 
     def __exit__(self, *_):
         self.total += time.perf_counter() - self._began
-        train.replace(self.path, json.dumps(round(self.total, 3)))
+        replace(self.path, json.dumps(round(self.total, 3)))
 
 
 def trained(cfg: Config, workdir: pathlib.Path) -> dict:
-    """The last held-out metrics of a run, which is trained or resumed if needed."""
+    """The last held-out metrics of a run, which is trained or resumed if needed.
+
+    With config.checkpoint.patience, which keeps the best, those of the best.
+    """
     if cfg.steps not in saved_steps(cfg, workdir):
         train.train(cfg, workdir)
-    return last_heldout(workdir)
+    if not cfg.checkpoint.patience:
+        return last_heldout(workdir)
+    at = stopping.best(
+        cfg.checkpoint, stopping.scores(cfg.checkpoint, workdir, cfg.steps)
+    )
+    rows = metrics.read(workdir / "metrics.jsonl")
+    return next(row for row in rows if row["step"] == at and checkpoint.METRIC in row)
 
 
 def saved_steps(cfg: Config, workdir: pathlib.Path) -> list[int]:
@@ -182,12 +194,17 @@ def last_heldout(workdir: pathlib.Path) -> dict:
 
 
 def own_scores(heldout: dict) -> dict[str, float]:
-    """{"loss": ..., "accuracy": ...} of a line of held-out metrics."""
+    """{"loss": ..., "accuracy": ...} of a line of held-out metrics.
+
+    And "error" = 1 - accuracy, of which less is better, too.
+    """
     named = {
         k.removeprefix("heldout_"): v
         for k, v in heldout.items()
         if k.startswith("heldout_")
     }
+    if "accuracy" in named:
+        named["error"] = 1.0 - named["accuracy"]
     if "unigram_loss" in heldout:
         named["unigram_loss"] = heldout["unigram_loss"]
     return named
@@ -197,7 +214,7 @@ def evaluated(cfg: Config, workdir: pathlib.Path) -> dict[str, float]:
     """Held-out scores of a finished run under another config: of data or objective."""
     _, _, params, _, meta = checkpoint.load_run(workdir)
     setup = run_lib.Setup.of(cfg)
-    checkpoint.check_vocab(meta, setup.vocab)
+    compatible.check_vocab(meta, setup.vocab)
     with sharding.use(setup.mesh, setup.cfg.sharding.rules):
         params = carried(params, setup.abstract_state["params"])
         words = setup.vocab.size
@@ -213,7 +230,7 @@ def adapted(
     if not saved_steps(cfg, workdir):
         _, _, params, _, meta = checkpoint.load_run(where / "train")
         setup = run_lib.Setup.of(cfg)
-        checkpoint.check_vocab(meta, setup.vocab)
+        compatible.check_vocab(meta, setup.vocab)
         with sharding.use(setup.mesh, setup.cfg.sharding.rules):
             state = setup.create_state()
             state["params"] = carried(params, state["params"], adaptation.anew)
@@ -221,7 +238,9 @@ def adapted(
             with contextlib.closing(
                 checkpoint.Checkpoints(workdir, setup.cfg.checkpoint)
             ) as first:
-                first.save(0, state, meta, math.inf)  # the best of nothing
+                best = setup.cfg.checkpoint
+                worst = math.inf if best.metric_mode == "min" else -math.inf
+                first.save(0, state, meta, {best.metric: worst})
                 first.wait()
     return own_scores(trained(cfg, workdir))
 

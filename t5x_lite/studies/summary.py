@@ -86,14 +86,22 @@ def _noise(found: Analysis):
     own = [float(c.losses.std(ddof=1)) for c in found.cells if len(c.losses) > 1]
     text = f"The standard deviation between the seeds of a cell is {min(own):.4f}"
     if len(own) > 1:
-        text += f" to {max(own):.4f} nats, pooled {found.noise.sigma:.4f}"
+        text += f" to {max(own):.4f}{unit(found)}, pooled {found.noise.sigma:.4f}"
     yield Sentence(
         "note",
-        f"{text}{'' if len(own) > 1 else ' nats'}. Differences are judged by the "
+        f"{text}{'' if len(own) > 1 else unit(found)}. Differences are judged by the "
         "Games-Howell test: each cell by its own spread, all pairs allowed for, "
         f"{100 * (1 - found.settings.level):.3g} % for one wrong claim. Few seeds let "
         "large differences alone count.",
     )
+
+
+def unit(found: Analysis) -> str:
+    """The unit behind a number, with a space; errors have none."""
+    own = found.settings.loss == "heldout"
+    scores = {r.score for c in found.cells for r in c.records} if own else set()
+    errors = {name.endswith("error") for name in scores or {found.settings.loss}}
+    return "" if True in errors else " nats"
 
 
 def _few(names: list[str], most: int = 8) -> str:
@@ -105,7 +113,8 @@ def _comparison(found: Analysis, compared: Comparison) -> list[Sentence]:
     """Which cells can be told from the best."""
     best, others = compared.cells[0], compared.cells[1:]
     where = f"Of {compared.name}" if len(found.comparisons) > 1 else "Of all cells"
-    lowest = f"{where}, {best.name} has the lowest loss, {best.mean:.4f} nats"
+    what = "loss" if unit(found) else "error"
+    lowest = f"{where}, {best.name} has the lowest {what}, {best.mean:.4f}{unit(found)}"
     if len(best.losses) < 2:
         gap = others[0].mean - best.mean
         text = f"{lowest}, {gap:.4f} below the next; with one seed this may be noise."

@@ -62,6 +62,7 @@ class Vocab:
         sentinels: how many sentinels there are.
         own: marks of `MARKS` for which the file has a piece -> its id.
         fingerprint: short hash of the content; equal ids <=> equal fingerprints.
+        threads: of `encode_batch`, where the library takes a number; -1 = its own.
     """
 
     spec: str
@@ -73,6 +74,7 @@ class Vocab:
     eos_id: int = 1
     unk_id: int = 2
     own: Mapping[str, int] = {}
+    threads: int = -1
 
     def _settle(self, pieces: int, held: Mapping[str, int], sentinels: int, content):
         """Sets sizes, special ids and fingerprint.

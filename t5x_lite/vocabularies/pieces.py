@@ -42,9 +42,12 @@ class SentencePieceVocab(Vocab):
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self._accents:
-            return self._model.encode(texts, return_type="numpy")
+            return self._model.encode(
+                texts, return_type="numpy", num_threads=self.threads
+            )
         texts = [_plain(text, self._lower) for text in texts]
-        rows, split = self._model.encode(texts), self._split
+        rows = self._model.encode(texts, num_threads=self.threads)
+        split = self._split
         return [
             np.array([j for i in row for j in split.get(i, (i,))], np.int32)
             for row in rows

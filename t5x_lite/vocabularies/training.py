@@ -10,11 +10,13 @@ from pathlib import Path
 
 import sentencepiece
 
+from t5x_lite.data import texts
 from t5x_lite.vocabularies import files
 
 # Kind -> what the name of the file must end in.
 KINDS = dict(unigram=".model", bpe=".model", wordpiece=".txt", bytebpe=".json")
 _ALPHABET = 1000  # characters of a WordPiece vocabulary, as in BERT's
+_READING = texts.Options()
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -25,6 +27,7 @@ def train(
     threads: int = 2,
     kind: str = "unigram",
     uncased: bool = False,
+    options: texts.Options = _READING,
 ) -> None:
     """Trains a vocabulary.
 
@@ -34,12 +37,13 @@ def train(
     merges.txt for a vocab.json, or else in the .bpe beside.
 
     Args:
-        source: what `data.sources.documents` reads: path or glob of text or jsonl.
+        source: what `data.sources.documents` reads: a path, a glob ...
         size: number of pieces, bytes and special ids included.
         output: the file to write.
         threads: pinned, because the pieces of unigram and bpe depend on it.
         kind: of `KINDS`.
         uncased: wordpiece: small letters without accents.
+        options: how the source is read.
 
     Raises:
         ValueError: the size does not fit the text, or the name of the output the kind.
@@ -57,27 +61,29 @@ def train(
         raise ValueError(f"--uncased is for --kind=wordpiece, here is {kind!r}.")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     if kind == "wordpiece":
-        content = {output: _wordpiece(source, size, uncased).encode()}
+        content = {output: _wordpiece(source, options, size, uncased).encode()}
     elif kind == "bytebpe":
-        pieces, merges = _bytebpe(source, size)
+        pieces, merges = _bytebpe(source, options, size)
         # The merges first: a .json is read together with them.
         content = {
             str(files.merges_of(Path(output))): merges.encode(),
             output: pieces.encode(),
         }
     else:
-        content = {output: _sentencepiece(source, size, threads, kind)}
+        content = {output: _sentencepiece(source, options, size, threads, kind)}
     for path, data in content.items():
         Path(f"{path}.tmp").write_bytes(data)
     for path in content:
         Path(f"{path}.tmp").replace(path)
 
 
-def _sentencepiece(source: str, size: int, threads: int, kind: str) -> bytes:
+def _sentencepiece(
+    source: str, options: texts.Options, size: int, threads: int, kind: str
+) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(source, "training the vocabulary"),
+            sentence_iterator=_lines(source, options, "training the vocabulary"),
             model_writer=model,
             vocab_size=size,
             model_type=kind,
@@ -97,14 +103,14 @@ def _sentencepiece(source: str, size: int, threads: int, kind: str) -> bytes:
     return model.getvalue()
 
 
-def _wordpiece(source: str, size: int, uncased: bool) -> str:
+def _wordpiece(source: str, options: texts.Options, size: int, uncased: bool) -> str:
     """The lines of a vocab.txt."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     normal = normalizers.BertNormalizer(lowercase=uncased)
     split = pre_tokenizers.BertPreTokenizer()
     counts = collections.Counter()
-    for line in _lines(source):
+    for line in _lines(source, options):
         counts.update(normal.normalize_str(line))
     common = [c for c, _ in sorted(counts.items(), key=lambda x: (-x[1], x[0]))]
     letters = sorted(c for c in common[:_ALPHABET] if not c.isspace())
@@ -126,14 +132,14 @@ def _wordpiece(source: str, size: int, uncased: bool) -> str:
         limit_alphabet=len(letters),
         show_progress=False,
     )
-    lines = _lines(source, "training the vocabulary")
+    lines = _lines(source, options, "training the vocabulary")
     tokenizer.train_from_iterator(lines, trainer)
     ids = tokenizer.get_vocab()
     _check_size(len(ids), size, source)
     return "\n".join(sorted(ids, key=ids.__getitem__)) + "\n"
 
 
-def _bytebpe(source: str, size: int) -> tuple[str, str]:
+def _bytebpe(source: str, options: texts.Options, size: int) -> tuple[str, str]:
     """The contents of vocab.json and of the merges."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -145,7 +151,7 @@ def _bytebpe(source: str, size: int) -> tuple[str, str]:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    lines = _lines(source, "training the vocabulary")
+    lines = _lines(source, options, "training the vocabulary")
     tokenizer.train_from_iterator(lines, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     _check_size(len(model["vocab"]), size, source)
@@ -163,14 +169,14 @@ def _check_size(found: int, size: int, source: str):
         )
 
 
-def _lines(source: str, then: str = "") -> Iterator[str]:
+def _lines(source: str, options: texts.Options, then: str = "") -> Iterator[str]:
     """Lines of the documents, with a progress bar; `then`: what is done with them."""
     import tqdm
 
     from t5x_lite.data import sources  # the only use; it stands above this module
 
     with tqdm.tqdm(unit="B", unit_scale=True, desc="reading text") as bar:
-        for document in sources.documents(source):
+        for document in sources.documents(source, options=options):
             bar.update(len(document.encode()))
             for line in document.splitlines():
                 # SentencePiece leaves out lines above `max_sentence_length` bytes.

@@ -11,7 +11,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from configs.studies.mup_transfer.config import BASE_WIDTH, RATES, WIDTHS
-from t5x_lite.studies import page, records
+from t5x_lite import webpage
+from t5x_lite.studies import figures, records
 
 WAYS = {"standard": "standard", "mup": f"muP, base {BASE_WIDTH}"}
 
@@ -66,7 +67,7 @@ def main(results: str):
     panels[0].set_ylabel("held-out loss (nats per byte)")
     panels[0].legend(frameon=False)
     path = pathlib.Path(__file__).with_name("figure.png")
-    path.write_bytes(page.png(figure))
+    path.write_bytes(webpage.png(figure, figures.DPI))
 
 
 if __name__ == "__main__":
