@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from t5x_lite.parameters import normal, ones, param, stacked, zeros
+from t5x_lite.parameters import normal, param, stacked, zeros
 
 DIRECTIONS = ("forward", "backward")
 
@@ -236,18 +236,6 @@ class Bilm(nnx.Module):
         twice_1BTE = jnp.concatenate([x_BTP, x_BTP], axis=-1)[None]
         after = {d: found[d][1] for d in DIRECTIONS}
         return jnp.concatenate([twice_1BTE, out_LBTE]), after
-
-
-class ScalarMix(nnx.Module):
-    """gamma * sum of softmax(weights)_l h_l: a task's view of the layers (eq. 1)."""
-
-    def __init__(self, layers: int):
-        self.weights = param((layers,), ("layers",), zeros)
-        self.gamma = param((), (), ones)
-
-    def __call__(self, h_LBTE):
-        shares_L = jax.nn.softmax(self.weights[...])
-        return self.gamma[...] * jnp.einsum("L,LBTE->BTE", shares_L, h_LBTE)
 
 
 class Pretrained(nnx.Module):

@@ -153,7 +153,8 @@ def attention_maps(net, params: dict, batch: dict) -> dict[str, np.ndarray]:
         else:
             bound.outputs(one)
     if cfg.structure != "encoder_decoder":
-        return {"self-attention": np.stack(seen)}
+        # XLNet first reads its memory, layer by layer, too.
+        return {"self-attention": np.stack(seen[-cfg.depth :])}
     L = cfg.encoder_layers
     decoder = seen[L:]
     return {

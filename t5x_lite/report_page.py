@@ -100,11 +100,11 @@ def probed(workdir: pathlib.Path, step: int, text: str, count: int):
 
 
 def _or_why(make: Callable[[], str]) -> str:
-    """The HTML of a part, or why it cannot be shown: the rest of the page stands."""
+    """The HTML of a part, or why this model refuses it: the rest of the page stands."""
     try:
         return make()
-    except Exception as e:
-        why = html.escape(f"{type(e).__name__}: {e}")
+    except ValueError as e:
+        why = html.escape(str(e))
         return f'<p class="note">Cannot be shown of this model: {why}</p>'
 
 

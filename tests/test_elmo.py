@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import bilm, elmo, export
+from t5x_lite import bilm, elmo, export, heads
 from t5x_lite.config import ShardingConfig
 from t5x_lite.data import words
 from t5x_lite.interop import elmo as interop
@@ -259,12 +259,12 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
 
 
 def test_scalar_mix():
-    mix = bilm.ScalarMix(3)
+    mix = heads.Mix(3)
     h_LBTE = jax.random.normal(KEY, (3, 2, 4, 5))
     start = bind(mix, init_params(mix, KEY))(h_LBTE)
     np.testing.assert_allclose(start, np.mean(h_LBTE, axis=0), rtol=1e-5, atol=1e-6)
     weights = np.log(np.array([1.0, 2.0, 5.0], np.float32))
-    bound = bind(mix, {"weights": jnp.asarray(weights), "gamma": jnp.asarray(4.0)})
+    bound = bind(mix, {"weights": jnp.asarray(weights), "gamma": jnp.asarray([4.0])})
     want = (h_LBTE[0] * 1 + h_LBTE[1] * 2 + h_LBTE[2] * 5) / 8 * 4
     np.testing.assert_allclose(bound(h_LBTE), want, rtol=1e-4, atol=1e-5)
 

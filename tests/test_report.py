@@ -104,11 +104,27 @@ def test_attention_maps_of_electra_are_its_discriminators():
     assert weights_LNTS.shape == (cfg.model.depth, cfg.model.heads, T, T)
 
 
-def test_a_part_that_cannot_be_shown_is_told():
-    def fails():
-        raise KeyError("<places>")
+def test_attention_maps_reach_into_the_memory():
+    cfg, _ = built("permuted", positions="transformer_xl", memory_length=6)
+    net = model.build(cfg)
+    params = parameters.init_params(net, jax.random.key(0))
+    batch = probe.beginning(streams("permuted"))
+    batch["memory"] = {k: v[:, :6] for k, v in batch["main"].items()}
+    (weights_LNTS,) = probe.attention_maps(net, params, batch).values()
+    T = batch["main"]["tokens"].shape[1]
+    assert weights_LNTS.shape == (cfg.depth, cfg.heads, T, 6 + T)
+    assert (weights_LNTS[..., :6] > 0).all()
 
-    assert "KeyError: &#x27;&lt;places&gt;" in report_page._or_why(fails)
+
+def test_a_part_that_cannot_be_shown_is_told():
+    def fails(error: Exception):
+        raise error
+
+    assert "&lt;refused&gt;" in report_page._or_why(
+        lambda: fails(ValueError("<refused>"))
+    )
+    with pytest.raises(KeyError):  # a defect of ours is no refusal
+        report_page._or_why(lambda: fails(KeyError("places")))
 
 
 class Page(html.parser.HTMLParser):
