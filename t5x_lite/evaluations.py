@@ -103,7 +103,9 @@ def of_tasks(setup: run.Setup, asked: Asked) -> list[Job]:
             if asked.shots:
                 how["seed"] = asked.seed
             about = f"{name}-{asked.split}-{asked.shots}shot-{asked.norm}"
-            jobs.append(Job(about, _about(name, asked, how), _ranked(name, asked)))
+            jobs.append(
+                Job(about, _about(setup, name, asked, how), _ranked(name, asked))
+            )
             continue
         how, make = {}, _head
         if cfg.data.task_format == "text":
@@ -111,13 +113,14 @@ def of_tasks(setup: run.Setup, asked: Asked) -> list[Job]:
             how = dict(beams=asked.beams, limit=asked.limit, max_length=length)
             make = _written
         about, together = f"{name}-{asked.split}", make is _head
-        job = Job(about, _about(name, asked, how), make(name, asked), together)
+        job = Job(about, _about(setup, name, asked, how), make(name, asked), together)
         jobs.append(job)
     return jobs
 
 
-def _about(name: str, asked: Asked, how: dict) -> dict[str, Any]:
-    return {"task": name, "split": asked.split} | how
+def _about(setup: run.Setup, name: str, asked: Asked, how: dict) -> dict[str, Any]:
+    where = setup.cfg.data.task_dir
+    return {"task": name, "split": asked.split, "task_dir": where} | how
 
 
 def _batches(setup: run.Setup, name: str, split: str) -> task_batches.TaskBatches:
