@@ -21,7 +21,7 @@ from configs.studies.real_tasks import stages
 from t5x_lite import config, evaluate, report
 from t5x_lite.studies import runner
 
-MOST = 200  # examples of the test split that are written out, of text tasks
+MOST = 100  # examples of the test split that are written out, of text tasks
 
 
 def main():

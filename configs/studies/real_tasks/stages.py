@@ -34,25 +34,26 @@ class Task(NamedTuple):
     targets: int
     batch: int
     steps: int
+    rate: float
     score: str
 
 
 TASKS = {
-    "sentence_polarity": Task("class", 2, "reviews", 64, 0, 16, 150, "accuracy"),
-    "subjectivity": Task("class", 2, "reviews", 64, 0, 16, 150, "accuracy"),
-    "ud_ewt": Task("tags", 17, "wiki", 64, 0, 16, 150, "tag_accuracy"),
-    "xquad_en": Task("span", 0, "wiki", 256, 0, 8, 150, "squad_f1"),
-    "libreoffice_en_de": Task("", 0, "help", 64, 64, 16, 300, "bleu"),
-    "e2e_nlg": Task("", 0, "", 64, 64, 16, 300, "bleu"),
-    "pep_titles": Task("", 0, "peps", 128, 24, 8, 200, "rouge1"),
+    "sentence_polarity": Task("class", 2, "reviews", 64, 0, 8, 1000, 3e-4, "accuracy"),
+    "subjectivity": Task("class", 2, "reviews", 64, 0, 8, 600, 3e-4, "accuracy"),
+    "ud_ewt": Task("tags", 17, "wiki", 64, 0, 8, 300, 1e-3, "tag_accuracy"),
+    "xquad_en": Task("span", 0, "wiki", 256, 0, 4, 150, 1e-3, "squad_f1"),
+    "libreoffice_en_de": Task("", 0, "help", 64, 64, 8, 300, 1e-3, "bleu"),
+    "e2e_nlg": Task("", 0, "", 64, 64, 8, 300, 1e-3, "bleu"),
+    "pep_titles": Task("", 0, "peps", 128, 24, 8, 200, 1e-3, "rouge1"),
 }
-GENERAL, DOMAIN, TASK = 1000, 200, 80  # steps of 32 x 128 tokens
+GENERAL, DOMAIN, TASK = 2500, 600, 200  # steps of 8 x 128 tokens
 
 
 def body(structure: str, root: pathlib.Path) -> Any:
     """What all runs of a structure share."""
     c: Any = base.get_config()
-    layers = 2 if structure == "encoder_decoder" else 3
+    layers = 1 if structure == "encoder_decoder" else 2
     c.model.update(
         dict(
             structure=structure,
@@ -62,6 +63,10 @@ def body(structure: str, root: pathlib.Path) -> Any:
             head_dim=32,
             encoder_layers=layers,
             decoder_layers=layers,
+            scale_attention=True,
+            tie_embeddings=True,
+            rescale_logits=False,
+            init_std=0.02,
         )
     )
     c.data.vocab = str(root / "text/vocab.model")
@@ -75,13 +80,13 @@ def pretrained(structure: str, text: str, steps: int, before: str, root: pathlib
     c = body(structure, root)
     base.set_objective(c, **STRUCTURES[structure])
     c.steps, c.eval_every, c.eval_batches, c.log_every = steps, steps, 8, 10
-    c.checkpoint.every = 250
+    c.checkpoint.every = 500
     c.data.update(
         dict(
             train=str(root / f"text/{text}_train.jsonl"),
             heldout=str(root / f"text/{text}_heldout.jsonl"),
             inputs_length=128,
-            batch_size=32,
+            batch_size=8,
         )
     )
     rate, warmup = (1e-3, 10) if before else (2e-3, 100)
@@ -95,7 +100,8 @@ def tuned(structure: str, name: str, seed: int, before: str, root, data: str):
     """The config of the last stage: fine-tuning on the labelled task."""
     c, task = body(structure, root), TASKS[name]
     c.seed, c.steps, c.log_every = seed, task.steps, 10
-    c.eval_every, c.eval_batches, c.checkpoint.every = task.steps, 40, task.steps
+    c.eval_every = c.checkpoint.every = task.steps
+    c.eval_batches = 0 if task.head else 40
     c.data.update(
         dict(
             tasks=(name,),
@@ -108,7 +114,7 @@ def tuned(structure: str, name: str, seed: int, before: str, root, data: str):
     )
     if task.head:
         c.model.head, c.model.classes = task.head, task.classes
-    base.adamw(c, 1e-3, task.steps // 10, schedule="linear")
+    base.adamw(c, task.rate, task.steps // 10, schedule="linear")
     c.init_from, c.init_optimizer = before, "reset"
     c.init_forgetting = seed == 0
     return c
