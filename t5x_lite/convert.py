@@ -17,6 +17,9 @@ A converted workdir is one of `evaluate`, `generate`, `export` and `train`, whic
 from its parameters with a fresh optimizer; another run starts from them with
 --config.init_from=WORKDIR. What --to names must not exist.
 
+A fine-tuned run with a head goes out as the class of transformers that computes it
+(BertForSequenceClassification ...), and such a class comes in with its head.
+
 --diff compares any two of these, and exports (npz, npy, safetensors): names, shapes,
 dtypes and the largest difference, the worst first. It exits with 1 if a name, a shape
 or a value differs.
@@ -26,6 +29,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -223,7 +227,9 @@ def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
     if theirs and family and theirs.get("model_type") != hf_config.THEIRS[family].type:
         theirs = {}
     model, notes = cfg.model, []
-    rows = theirs.get("vocab_size", model.vocab_size)
+    rows, labels = theirs.get("vocab_size", model.vocab_size), []
+    if model.head:  # its marks may be among the rows that were added
+        rows, labels = model.vocab_size, workdirs.labels_of(cfg, theirs)
     if rows < model.vocab_size and files and workdirs.zeros_from(params, rows):
         notes.append(
             f"{model.vocab_size} ids, of which those from {rows} on have rows of "
@@ -239,6 +245,8 @@ def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
     if not files:
         ids, files, more = workdirs.tokenizer_of(cfg, made)
         theirs, notes = {**theirs, **ids}, [*notes, *more]
+    elif model.head:
+        theirs |= workdirs.pad_of(cfg)
     notes += huggingface.write(
         made,
         model,
@@ -248,6 +256,7 @@ def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
         shard_bytes=int(flags.shard_size * 1e9),
         theirs=theirs,
         files=files,
+        labels=labels,
     )
     for note in notes:
         print(f"note: {note}")
@@ -259,6 +268,12 @@ def difference(a: str, b: str) -> int:
     if left.ours != right.ours:  # names of one kind
         left, right = (side if side.ours else side.as_ours() for side in (left, right))
     one, other = left.arrays, right.arrays
+    if pattern := left.without or right.without:
+        print(f"not compared, as a class with a head has none: {pattern}")
+        one, other = (
+            Lazy({k: s for k, s in x.slots.items() if not re.fullmatch(pattern, k)})
+            for x in (one, other)
+        )
     if left.ours and _unrolled(one) != _unrolled(other):
         one, other = (x if _unrolled(x) else export.unroll(x) for x in (one, other))
     rows = list(differences(one, other))
@@ -300,11 +315,13 @@ class Side:
     arrays: Lazy
     ours: bool
     spec: Spec
+    without: str = ""  # regex of our names that have no place in theirs
 
     def as_ours(self) -> "Side":
         """The same parameters by our names."""
         found: Imported = huggingface.read(self.spec.path)
-        return Side(Lazy.of(found.params), True, self.spec)
+        table = families.table(found.extras["family"], found.cfg)
+        return Side(Lazy.of(found.params), True, self.spec, table.left)
 
 
 def open_any(text: str) -> Side:
