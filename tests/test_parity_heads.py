@@ -1,7 +1,7 @@
 """transformers' classes with a head and ours, live: `make parity`.
 
-Rows are those that a task is trained on; where theirs must be called in a certain way to
-read the same cell, it is called as the note says that `convert` prints.
+Rows are those that a task is trained on. Where theirs must be called in a certain way,
+to read the same cell, it is called as the note says that `convert` prints.
 """
 
 import os
