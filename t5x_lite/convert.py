@@ -10,6 +10,7 @@ hf:DIR   config.json, model.safetensors (or several with their index, or
          pytorch_model.bin where torch is installed), and tokenizer files; ELECTRA: a
          directory that holds generator/ and discriminator/
 t5x:DIR  a checkpoint of T5X, legacy (one file) or a directory
+peft:DIR LoRA's adapters alone, as the library peft keeps them; only for --to
 WORKDIR  of a run, or to be made: a checkpoint of step 0 with the parameters,
          config.json, and the tokenizer files in WORKDIR/huggingface
 
@@ -41,18 +42,19 @@ import tqdm
 from t5x_lite import arrays, checkpoint, cli, export, lora, stored
 from t5x_lite import config as config_lib
 from t5x_lite.arrays import Lazy
-from t5x_lite.interop import families, hf_config, huggingface, t5x, workdirs
+from t5x_lite.interop import families, hf_config, huggingface, peft, t5x, workdirs
 from t5x_lite.interop.tables import Imported
 
-FORMATS = ("hf", "t5x")
+FORMATS = ("hf", "t5x", "peft")
 # Flag -> where it does something: what is read, or what is written.
 USED = {
-    "family": ("--from=hf:", "--to=hf:"),
+    "family": ("--from=hf:", "--to=hf:", "--to=peft:"),
     **dict.fromkeys(("config", "vocab", "sentinels"), ("--from=hf:", "--from=t5x:")),
     "fresh": ("--from=hf:",),
-    **dict.fromkeys(("dtype", "shard_size"), ("--to=hf:",)),
+    "dtype": ("--to=hf:", "--to=peft:"),
+    "shard_size": ("--to=hf:",),
     **dict.fromkeys(("scanned", "legacy"), ("--to=t5x:",)),
-    "step": ("--to=hf:", "--to=t5x:"),
+    "step": ("--to=hf:", "--to=t5x:", "--to=peft:"),
 }
 
 
@@ -77,6 +79,11 @@ class Spec(NamedTuple):
                 f"{flag}={text!r}: give hf:DIR, t5x:DIR or the directory of a run"
                 f"{config_lib.nearest(kind, FORMATS)}"
             )
+        if kind == "peft" and flag != "--to":
+            raise ValueError(
+                f"{flag}={text!r}: adapters of peft are written, not read. Merge them "
+                "there (merge_and_unload, save_pretrained) and give hf:DIR."
+            )
         return cls(kind, pathlib.Path(rest))
 
 
@@ -84,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; 1 if --diff finds a difference, else 0."""
     parser = cli.parser(__doc__)
     parser.add_argument("--from", dest="source", help="hf:DIR, t5x:DIR or WORKDIR")
-    parser.add_argument("--to", help="hf:DIR, t5x:DIR or WORKDIR, to be made")
+    parser.add_argument("--to", help="the same, or peft:DIR; to be made")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two")
     known = sorted(families.FAMILIES)
     parser.add_argument(
@@ -210,6 +217,13 @@ def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
     cfg, step, meta = checkpoint.read_run(source, flags.step)
     trained, plain = cfg.model, lora.without(cfg.model)
     cfg = dataclasses.replace(cfg, model=plain)
+    if to.format == "peft":
+        family = flags.family or meta.get("family", "")
+        kept = stored.open_params(source, step, "kept")
+        how = dict(family=family, dtype=flags.dtype)
+        for note in peft.write(made, trained, kept, **how):
+            print(f"note: {note}")
+        return
     params = stored.open_params(source, step)
     if to.format == "t5x":
         whole = trained == plain and not flags.scanned

@@ -284,6 +284,17 @@ def config(family: str, cfg: ModelConfig, labels: Sequence[str]) -> dict[str, An
     )
 
 
+def _last_norm(cfg: ModelConfig) -> str:
+    """Ours; that of a block has all layers."""
+    return "stack/norm" if cfg.norm_order == "pre" else "stack/blocks/mlp_norm"
+
+
+def last_norm(table: Table, cfg: ModelConfig) -> set[str]:
+    """Their names of scale and bias of the norm that `without_bias` changes."""
+    rows = [table.rows[f"{_last_norm(cfg)}/{part}"] for part in ("scale", "bias")]
+    return {row.theirs.format(i=cfg.decoder_layers - 1) for row in rows}
+
+
 def without_bias(cfg: ModelConfig, params: Mapping[str, np.ndarray]) -> Lazy:
     """The same logits by a head whose bias is zero: the norm before it has more.
 
@@ -303,9 +314,7 @@ def without_bias(cfg: ModelConfig, params: Mapping[str, np.ndarray]) -> Lazy:
             "has none, needs: columns of head/kernel are dependent. Export the "
             "parameters with t5x_lite.export instead."
         )
-    name = "stack/norm/bias"
-    if cfg.norm_order == "post":
-        name = "stack/blocks/mlp_norm/bias"  # of all layers
+    name = f"{_last_norm(cfg)}/bias"
 
     def moved(slot: Slot = slots[name]) -> np.ndarray:
         array = np.array(slot.read(), np.float32)
