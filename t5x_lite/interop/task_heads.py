@@ -245,7 +245,7 @@ def fields(
             f"config.json has architectures=['{row.name}'], but the files have no "
             f"{name}. Copy the model's own config.json there."
         )
-    count, loss = kernel.shape[0], theirs.get("problem_type")
+    count, loss = len(np.atleast_1d(kernel)), theirs.get("problem_type")
     if head == "class" and (count == 1 or loss == "regression"):
         head = "regression"
     if loss == "multi_label_classification" or (head == "regression" and count > 1):
