@@ -10,12 +10,16 @@ hf:DIR   config.json, model.safetensors (or several with their index, or
          pytorch_model.bin where torch is installed), and tokenizer files; ELECTRA: a
          directory that holds generator/ and discriminator/
 t5x:DIR  a checkpoint of T5X, legacy (one file) or a directory
+peft:DIR LoRA's adapters alone, as the library peft keeps them; only for --to
 WORKDIR  of a run, or to be made: a checkpoint of step 0 with the parameters,
          config.json, and the tokenizer files in WORKDIR/huggingface
 
 A converted workdir is one of `evaluate`, `generate`, `export` and `train`, which starts
 from its parameters with a fresh optimizer; another run starts from them with
 --config.init_from=WORKDIR. What --to names must not exist.
+
+A fine-tuned run with a head goes out as the class of transformers that computes it
+(BertForSequenceClassification ...), and such a class comes in with its head.
 
 --diff compares any two of these, and exports (npz, npy, safetensors): names, shapes,
 dtypes and the largest difference, the worst first. It exits with 1 if a name, a shape
@@ -26,6 +30,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -37,18 +42,19 @@ import tqdm
 from t5x_lite import arrays, checkpoint, cli, export, lora, stored
 from t5x_lite import config as config_lib
 from t5x_lite.arrays import Lazy
-from t5x_lite.interop import families, hf_config, huggingface, t5x, workdirs
+from t5x_lite.interop import families, hf_config, huggingface, peft, t5x, workdirs
 from t5x_lite.interop.tables import Imported
 
-FORMATS = ("hf", "t5x")
+FORMATS = ("hf", "t5x", "peft")
 # Flag -> where it does something: what is read, or what is written.
 USED = {
-    "family": ("--from=hf:", "--to=hf:"),
+    "family": ("--from=hf:", "--to=hf:", "--to=peft:"),
     **dict.fromkeys(("config", "vocab", "sentinels"), ("--from=hf:", "--from=t5x:")),
     "fresh": ("--from=hf:",),
-    **dict.fromkeys(("dtype", "shard_size"), ("--to=hf:",)),
+    "dtype": ("--to=hf:", "--to=peft:"),
+    "shard_size": ("--to=hf:",),
     **dict.fromkeys(("scanned", "legacy"), ("--to=t5x:",)),
-    "step": ("--to=hf:", "--to=t5x:"),
+    "step": ("--to=hf:", "--to=t5x:", "--to=peft:"),
 }
 
 
@@ -73,6 +79,11 @@ class Spec(NamedTuple):
                 f"{flag}={text!r}: give hf:DIR, t5x:DIR or the directory of a run"
                 f"{config_lib.nearest(kind, FORMATS)}"
             )
+        if kind == "peft" and flag != "--to":
+            raise ValueError(
+                f"{flag}={text!r}: adapters of peft are written, not read. Merge them "
+                "there (merge_and_unload, save_pretrained) and give hf:DIR."
+            )
         return cls(kind, pathlib.Path(rest))
 
 
@@ -80,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; 1 if --diff finds a difference, else 0."""
     parser = cli.parser(__doc__)
     parser.add_argument("--from", dest="source", help="hf:DIR, t5x:DIR or WORKDIR")
-    parser.add_argument("--to", help="hf:DIR, t5x:DIR or WORKDIR, to be made")
+    parser.add_argument("--to", help="the same, or peft:DIR; to be made")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two")
     known = sorted(families.FAMILIES)
     parser.add_argument(
@@ -206,6 +217,13 @@ def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
     cfg, step, meta = checkpoint.read_run(source, flags.step)
     trained, plain = cfg.model, lora.without(cfg.model)
     cfg = dataclasses.replace(cfg, model=plain)
+    if to.format == "peft":
+        family = flags.family or meta.get("family", "")
+        kept = stored.open_params(source, step, "kept")
+        how = dict(family=family, dtype=flags.dtype)
+        for note in peft.write(made, trained, kept, **how):
+            print(f"note: {note}")
+        return
     params = stored.open_params(source, step)
     if to.format == "t5x":
         whole = trained == plain and not flags.scanned
@@ -223,7 +241,9 @@ def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
     if theirs and family and theirs.get("model_type") != hf_config.THEIRS[family].type:
         theirs = {}
     model, notes = cfg.model, []
-    rows = theirs.get("vocab_size", model.vocab_size)
+    rows, labels = theirs.get("vocab_size", model.vocab_size), []
+    if model.head:  # its marks may be among the rows that were added
+        rows, labels = model.vocab_size, workdirs.labels_of(cfg, theirs)
     if rows < model.vocab_size and files and workdirs.zeros_from(params, rows):
         notes.append(
             f"{model.vocab_size} ids, of which those from {rows} on have rows of "
@@ -239,6 +259,8 @@ def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
     if not files:
         ids, files, more = workdirs.tokenizer_of(cfg, made)
         theirs, notes = {**theirs, **ids}, [*notes, *more]
+    elif model.head:
+        theirs |= workdirs.pad_of(cfg)
     notes += huggingface.write(
         made,
         model,
@@ -248,6 +270,7 @@ def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
         shard_bytes=int(flags.shard_size * 1e9),
         theirs=theirs,
         files=files,
+        labels=labels,
     )
     for note in notes:
         print(f"note: {note}")
@@ -259,6 +282,12 @@ def difference(a: str, b: str) -> int:
     if left.ours != right.ours:  # names of one kind
         left, right = (side if side.ours else side.as_ours() for side in (left, right))
     one, other = left.arrays, right.arrays
+    if pattern := left.without or right.without:
+        print(f"not compared, as a class with a head has none: {pattern}")
+        one, other = (
+            Lazy({k: s for k, s in x.slots.items() if not re.fullmatch(pattern, k)})
+            for x in (one, other)
+        )
     if left.ours and _unrolled(one) != _unrolled(other):
         one, other = (x if _unrolled(x) else export.unroll(x) for x in (one, other))
     rows = list(differences(one, other))
@@ -300,11 +329,13 @@ class Side:
     arrays: Lazy
     ours: bool
     spec: Spec
+    without: str = ""  # regex of our names that have no place in theirs
 
     def as_ours(self) -> "Side":
         """The same parameters by our names."""
         found: Imported = huggingface.read(self.spec.path)
-        return Side(Lazy.of(found.params), True, self.spec)
+        table = families.table(found.extras["family"], found.cfg)
+        return Side(Lazy.of(found.params), True, self.spec, table.left)
 
 
 def open_any(text: str) -> Side:

@@ -4,8 +4,9 @@
     params = families.from_hf("bert", weights, cfg)  # weights: name -> NumPy array
     weights = families.to_hf("bert", params, cfg)
 
-Theirs are the names of Hugging Face's pretraining classes. A model without a head
-(classes=0, say) is read by the same table.
+Theirs are the names of Hugging Face's pretraining classes, or of its class for the
+head of a task (see task_heads.py). A model without a head (classes=0, say) is read by
+the same table.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.config import ModelConfig
-from t5x_lite.interop import decoders, encoders, seq2seq, t5, tables
+from t5x_lite.interop import decoders, encoders, seq2seq, t5, tables, task_heads
 from t5x_lite.interop.tables import Table
 
 
@@ -304,11 +305,17 @@ def _wrong(family: str, ours: str, why: object) -> str:
     )
 
 
+def table(family: str, cfg: ModelConfig) -> Table:
+    """The names in their class for this model and its head."""
+    whole = FAMILIES[family].names(cfg)
+    return task_heads.table(family, whole, cfg.head) if cfg.head else whole
+
+
 def to_hf(family: str, params: Mapping, cfg: ModelConfig) -> dict[str, np.ndarray]:
     """Our nested parameters -> their whole state dict, copies included."""
-    return tables.to_theirs(FAMILIES[family].names(cfg), params, cfg)
+    return tables.to_theirs(table(family, cfg), params, cfg)
 
 
 def from_hf(family: str, weights: Mapping[str, np.ndarray], cfg: ModelConfig) -> dict:
     """Their state dict -> our nested parameters; `tables.from_theirs` on errors."""
-    return tables.from_theirs(FAMILIES[family].names(cfg), weights, cfg)
+    return tables.from_theirs(table(family, cfg), weights, cfg)

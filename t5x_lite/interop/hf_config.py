@@ -9,13 +9,13 @@ another way is refused.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from t5x_lite.config import ModelConfig
-from t5x_lite.interop import families, t5
+from t5x_lite.interop import families, t5, task_heads
 
 
 class Theirs(NamedTuple):
@@ -135,7 +135,13 @@ EQUAL = (
 FREE = (
     *("dropout", "attention", "unpadded", "dtype", "remat", "scan", "memory_length"),
     *("init_std", "init_residual", "window_every", "entity_heads", "entity_layers"),
-    "entities",
+    *("entities", "lora_alpha", "lora_targets", "lora_trained"),
+)
+# And of a model with a head: what belongs to the head, which has rows of its own, and
+# to the language model's output, which is left out.
+HEADED = (
+    *("head", "head_pooler", "classes", "choices", "tie_embeddings", "output_bias"),
+    *("rescale_logits", "transform_output"),
 )
 ONLY_IF: dict[str, Callable[[ModelConfig], bool]] = {
     "max_positions": lambda c: c.positions in ("learned", "sinusoidal", "prophetnet"),
@@ -186,7 +192,9 @@ def _rate(theirs: Mapping[str, Any], key: str) -> float:
 def read(
     theirs: Mapping[str, Any], weights: Mapping[str, np.ndarray], family: str = ""
 ) -> tuple[str, ModelConfig]:
-    """(family, our config); heads and tied embeddings are as the weights have them.
+    """(family, our config); classes and tied embeddings are as the weights have them.
+
+    The head of a task is that of the class that `theirs` names.
 
     Raises:
       ValueError: what our model does not compute, or no config can say.
@@ -199,12 +207,16 @@ def read(
                 "our model has the same in both stacks."
             )
     cfg = families.model_config(family, theirs)
-    rows = families.FAMILIES[family].names(cfg).rows
+    cfg = dataclasses.replace(cfg, head=task_heads.head_of(family, theirs))
+    rows = families.table(family, cfg).rows
     changes: dict[str, Any] = {}
     changes["dropout"] = max(_rate(theirs, key) for key in THEIRS[family].dropout)
     for key in ("init_std", "initializer_range"):
         if theirs.get(key) is not None:
             changes["init_std"] = _rate(theirs, key)
+    if cfg.head:
+        changes |= task_heads.fields(family, cfg, theirs, weights)
+        return family, dataclasses.replace(cfg, **changes)
     if cfg.classes:
         kernel = weights.get(rows["classes/kernel"].theirs)
         changes["classes"] = 0 if kernel is None else kernel.shape[0]
@@ -228,15 +240,18 @@ def read(
                 "the embedding: transformers would scale its logits, our model does "
                 "not. Write false if the model was trained without (T5.1.1)."
             )
-    bias = families.FAMILIES[family].names(cfg).rows.get("output/bias")
+    bias = rows.get("output/bias")
     if family in ("bart", "mbart") and bias is not None:
         value = weights.get(bias.theirs)
         changes["output_bias"] = value is not None and bool(np.any(value))
     return family, dataclasses.replace(cfg, **changes)
 
 
-def write(family: str, cfg: ModelConfig) -> dict[str, Any]:
+def write(family: str, cfg: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
     """The config.json of a model of ours.
+
+    Args:
+      labels: names of the classes of its head; () = LABEL_0 ...
 
     Raises:
       ValueError: naming the fields in which theirs would be another model.
@@ -247,7 +262,7 @@ def write(family: str, cfg: ModelConfig) -> dict[str, Any]:
         raise ValueError(
             f"this model is no {family!r} of transformers:\n  - " + "\n  - ".join(wrong)
         )
-    return theirs
+    return theirs | (task_heads.config(family, cfg, labels) if cfg.head else {})
 
 
 def _written(family: str, cfg: ModelConfig) -> dict[str, Any]:
@@ -282,15 +297,17 @@ def differences(family: str, cfg: ModelConfig, theirs: Mapping) -> list[str]:
     if family in ("electra_generator", "electra_discriminator"):
         heads["generator_width"] = cfg.generator_width
     again = families.model_config(family, theirs, **heads)
-    found = []
+    found, free = [], (*FREE, *(HEADED if cfg.head else ()))
     for field in dataclasses.fields(cfg):
         name = field.name
         here, there = getattr(cfg, name), getattr(again, name)
-        counts = name not in FREE and ONLY_IF.get(name, lambda c: True)(cfg)
+        counts = name not in free and ONLY_IF.get(name, lambda c: True)(cfg)
         if counts and here != there:
             found.append(f"config.model.{name}={here!r}, theirs has {there!r}")
     if theirs.get("type_vocab_size") == 0:
         found.append("config.model.types=0, theirs has 1 or more")
+    if cfg.head:
+        return found + task_heads.problems(family, cfg)
     if cfg.classes and len(THEIRS[family].classes) == 1:
         found.append(f"config.model.classes={cfg.classes}, theirs has 0")
     if cfg.classes not in (0, 2):
@@ -313,7 +330,7 @@ def fitting(cfg: ModelConfig) -> list[str]:
         if not why[family]:
             found.append(family)
     if not found:
-        nearest = min(why, key=lambda family: len(why[family]))
+        nearest = min(why, key=lambda family: _distance(why[family]))
         raise ValueError(
             "config.model is none of the models of transformers that are known here "
             f"({', '.join(ORDER)}). The nearest, {nearest!r}, differs:\n  - "
@@ -321,6 +338,12 @@ def fitting(cfg: ModelConfig) -> list[str]:
             + "\nExport the parameters with t5x_lite.export instead."
         )
     return found
+
+
+def _distance(lines: list[str]) -> tuple[int, int]:
+    """A body that fits, without the head, is nearer than any other."""
+    body = [line for line in lines if not line.startswith("config.model.head")]
+    return len(body), len(lines)
 
 
 def fits(cfg: ModelConfig) -> bool:
@@ -334,6 +357,9 @@ def fits(cfg: ModelConfig) -> bool:
 def notes(family: str, cfg: ModelConfig) -> list[str]:
     """What differs in theirs though the weights are the same."""
     found = []
+    if cfg.head:
+        row = task_heads.find(family, cfg.head)
+        return [f"{row.name}: {row.note}"] if row and row.note else []
     if family == "umt5" and not cfg.tie_embeddings:
         found.append(
             "transformers 5 multiplies the logits of umT5 by d_model^-0.5, as if they "

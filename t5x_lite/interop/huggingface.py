@@ -14,7 +14,7 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from t5x_lite import arrays, parameters
 from t5x_lite import model as model_lib
 from t5x_lite.arrays import Lazy, Slot
 from t5x_lite.config import ModelConfig
-from t5x_lite.interop import families, hf_config, tables, torch_files
+from t5x_lite.interop import families, hf_config, tables, task_heads, torch_files
 from t5x_lite.interop.tables import Imported, Table
 from t5x_lite.model_config import generator_config
 
@@ -65,13 +65,14 @@ def read(path, *, family: str = "", fresh: bool = False) -> Imported:
     weights = open_weights(path)
     if not family:
         family = hf_config.family_of(theirs, _renamed(weights, "", ""))
-    table = families.FAMILIES[family]
     row = hf_config.THEIRS[family]
-    any_config = families.model_config(family, theirs)
-    known = {row.theirs for row in table.names(any_config).rows.values()}
+    any_config = dataclasses.replace(
+        families.model_config(family, theirs), head=task_heads.head_of(family, theirs)
+    )
+    known = {row.theirs for row in families.table(family, any_config).rows.values()}
     weights = _renamed(weights, row.prefix, known)
     family, cfg = hf_config.read(theirs, weights, family)
-    params, drawn = _ours(table.names(cfg), weights, cfg, fresh)
+    params, drawn = _ours(families.table(family, cfg), weights, cfg, fresh)
     extras = dict(family=family, fresh=drawn, theirs=theirs, files=_files(path))
     return Imported(cfg, params, extras)
 
@@ -179,11 +180,13 @@ def _ours(
         for ours in declared
         if not any(n in weights for n in getattr(places.get(ours), "theirs", ()))
     ]
-    if absent and not fresh and not part:
+    drawn = [ours for ours in absent if re.fullmatch(table.left, ours)]
+    lost = [ours for ours in absent if ours not in (*drawn, *table.zero)]
+    if lost and not fresh and not part:
         both = ", or give the directory of generator/ and discriminator/"
         raise ValueError(
-            f"{len(absent)} of the model's {len(declared)} parameters are not in the "
-            f"files at all: {', '.join(absent[:6])} ... Draw them with --fresh"
+            f"{len(lost)} of the model's {len(declared)} parameters are not in the "
+            f"files at all: {', '.join(lost[:6])} ... Draw them with --fresh"
             f"{both if cfg.generator_width else ''}."
         )
     places = {ours: place for ours, place in places.items() if ours not in absent}
@@ -194,13 +197,13 @@ def _ours(
             place = places[ours]
             dtype = weights.slots[place.theirs[0]].dtype
             value = functools.partial(tables.gather, place, weights)
-        elif fresh:
+        elif fresh or ours not in lost:  # a bias that they have not is drawn as zero
             dtype = np.dtype(np.float32)
             value = functools.partial(_draw, net, ours)
         else:
             continue
         found[ours] = Slot(p.get_value().shape, dtype, value)
-    return Lazy(found), absent
+    return Lazy(found), drawn + lost
 
 
 def _draw(net, ours: str) -> np.ndarray:
@@ -273,6 +276,7 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     theirs: Mapping[str, Any] | None = None,
     files: Mapping[str, pathlib.Path] | None = None,
+    labels: Sequence[str] = (),
 ) -> list[str]:
     """Writes a directory that `from_pretrained` reads; tied weights are stored once.
 
@@ -284,6 +288,7 @@ def write(
       shard_bytes: the most that one file holds, if a tensor is not larger.
       theirs: keys of config.json beside those of the model, such as ids of tokens.
       files: name -> path of files that are copied there.
+      labels: names of the classes of the head.
 
     Returns:
       What the user should know, a line each.
@@ -307,8 +312,11 @@ def write(
             rest = (*folded, *rest[2:])
             cfg, _ = folded
     family = family or hf_config.fitting(cfg)[0]
-    config = hf_config.write(family, cfg)
-    _write_files(path, config, families.FAMILIES[family].names(cfg), *rest)
+    config = hf_config.write(family, cfg, labels)
+    table = families.table(family, cfg)
+    if table.zero:
+        rest = (cfg, task_heads.without_bias(cfg, rest[1]), *rest[2:])
+    _write_files(path, config, table, *rest)
     return [*notes, *hf_config.notes(family, cfg)]
 
 

@@ -48,6 +48,9 @@ class Table:
         unused: regexes of their weights that are accepted and not read.
         zeros: of their weights that are not read either, but must be zero.
         whole: are these rows of a whole model? Else the others are left out.
+        left: regex of our names that have no place: drawn when such weights are read,
+            left out when they are written; "" = none.
+        zero: of our names: no parameters there, so that they must be zero.
     """
 
     rows: Mapping[str, Row]
@@ -55,6 +58,8 @@ class Table:
     unused: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     whole: bool = True
+    left: str = ""
+    zero: tuple[str, ...] = ()
 
 
 class Imported(NamedTuple):
@@ -109,6 +114,8 @@ def places(table: Table, cfg: ModelConfig) -> dict[str, Place]:
     found, homeless = {}, []
     for ours, p in parameters.declared(model.build(cfg)).items():
         row, shape = table.rows.get(ours), p.get_value().shape
+        if re.fullmatch(table.left, ours) or ours in table.zero:
+            continue
         layered = "/blocks/" in ours and not cfg.share_layers
         if row is None or layered != ("{i}" in row.theirs):
             homeless.append(ours)

@@ -18,6 +18,7 @@ from t5x_lite import config as config_lib
 from t5x_lite import run as run_lib
 from t5x_lite.arrays import Lazy, Slot, narrowed
 from t5x_lite.config import Config
+from t5x_lite.data import custom_tasks
 from t5x_lite.interop import t5x
 from t5x_lite.interop.tables import Imported
 
@@ -139,8 +140,10 @@ def config_of(
 def _fit(plain: dict[str, Any], found: Imported):
     """A config's objective and lengths for this model."""
     model, objective, data = found.cfg, plain["objective"], plain["data"]
-    if "sentence" in objective and not model.classes:
+    if "sentence" in objective and (model.head or not model.classes):
         objective["sentence"] = "none"
+    if model.head:
+        data["task_format"] = "head"
     if "streams" in objective:
         objective["streams"] = model.query_streams
     if model.positions in ("learned", "sinusoidal", "prophetnet"):
@@ -242,6 +245,24 @@ def kept(workdir: pathlib.Path) -> tuple[dict[str, Any], dict[str, pathlib.Path]
     files = {p.name: p for p in sorted(folder.glob("*")) if p.is_file()}
     config = files.pop("config.json", None)
     return json.loads(config.read_text()) if config else {}, files
+
+
+def labels_of(cfg: Config, theirs: Mapping[str, Any]) -> list[str]:
+    """The names of the classes of a head: of the run's task, or as they came along."""
+    if len(cfg.data.tasks) == 1:
+        named = custom_tasks.find(cfg.data.tasks[0], cfg.data.custom_tasks).classes
+        if named:
+            return list(named)
+    known = theirs.get("id2label")
+    return [*map(str, known.values())] if isinstance(known, dict) else []
+
+
+def pad_of(cfg: Config) -> dict[str, int]:
+    """pad_token_id by the vocabulary of the run, if it can be read."""
+    try:
+        return dict(pad_token_id=vocab.load(cfg.data.vocab, cfg.data.sentinels).pad_id)
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def tokenizer_of(
