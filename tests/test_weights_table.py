@@ -3,7 +3,7 @@
 import pathlib
 
 from t5x_lite.interop import families, hf_config, workdirs
-from tests import hf_dirs, test_convert_runs, test_parity_convert
+from tests import hf_dirs, test_convert_runs, test_parity_convert, test_parity_heads
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 NAMES = {
@@ -31,8 +31,8 @@ def rows() -> list[str]:
     golden = set(hf_dirs.FAMILIES.values())
     live = {hf_dirs.FAMILIES.get(name, name) for name in test_parity_convert.AUTO}
     live |= set(test_parity_convert.T5_AS)
-    head = "| family | import | export | logits | going on | tokenizer |"
-    found = [head, "| --- | --- | --- | --- | --- | --- |"]
+    head = "| family | import | export | logits | going on | tokenizer | heads |"
+    found = [head, "| --- | --- | --- | --- | --- | --- | --- |"]
     for family, name in NAMES.items():
         read = family in families.FAMILIES and family in hf_config.THEIRS
         how = [
@@ -45,6 +45,7 @@ def rows() -> list[str]:
             ", ".join(how) or "–",
             "yes" if family in test_convert_runs.CONTINUED else "–",
             f"`{file}`" if (file := test_convert_runs.TOKENIZERS.get(family)) else "–",
+            ", ".join(h for f, h in test_parity_heads.CASES if f == family) or "–",
         ]
         found.append(f"| {' | '.join(cells)} |")
     return found
