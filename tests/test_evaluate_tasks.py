@@ -32,8 +32,8 @@ from t5x_lite import (
 from t5x_lite.data import head_rows, task_batches, tasks
 from t5x_lite.settings import Settings
 from tests import task_files
-from tests.test_tasks import custom, opened
 from tests.tiny import tiny_config
+from tests.toy_task import custom, opened
 
 WORDS = vocab.load("bytes")
 OBJECTIVES = {
