@@ -62,7 +62,9 @@ class DataConfig:
         "tasks of your own: name -> dict(train=, dev=, test=, inputs=, label=, "
         "classes=, head=, metrics=, prefix=, prompt=)",
     )
-    targets_length: int = key(128, "tasks as text: target tokens, with EOS", low=2)
+    targets_length: int = key(
+        128, "tasks as text: target tokens, with EOS; 0 = what packs best", low=0
+    )
     stride: int = key(128, "span tasks: tokens from window to window", low=1)
     batch_size: int = key(128, "examples per step, over all devices", low=1)
     prefetch: int = key(2, "batches prepared ahead", low=0)

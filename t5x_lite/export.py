@@ -374,8 +374,7 @@ def fixed_batch(cfg: ModelConfig, B: int = 2) -> dict:
         trained["query_ranks"] = np.stack([trained["ranks"]] * G, axis=1)
         if cfg.positions != "transformer_xl":  # XLNet's query cells see no other
             cells = np.arange(trained["query_ranks"][0].size, dtype=np.int32) + 1
-            groups = cells.reshape(1, G, -1)
-            trained["query_groups"] = np.repeat(groups, B, axis=0)
+            trained["query_groups"] = np.repeat(cells.reshape(1, G, -1), B, axis=0)
     if cfg.structure in ("encoder", "permuted"):
         places = np.arange(0, S * max(G, 1), 2, dtype=np.int32)
         trained["places"] = np.tile(places, (B, 1))
@@ -391,9 +390,7 @@ def table(arrays: Lazy, dtype: str) -> str:
         return f"{name:{width}}  {shape!s:20} {count:>14,}  {size:>9,.2f} MiB"
 
     counts = {name: math.prod(slot.shape) for name, slot in arrays.slots.items()}
-    rows = [
-        row(name, arrays.slots[name].shape, counts[name]) for name in sorted(counts)
-    ]
+    rows = [row(n, arrays.slots[n].shape, counts[n]) for n in sorted(counts)]
     return "\n".join([*rows, row(f"{len(arrays)} arrays", "", sum(counts.values()))])
 
 

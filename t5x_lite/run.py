@@ -28,7 +28,7 @@ from t5x_lite import (
     warmstart,
 )
 from t5x_lite import model as model_lib
-from t5x_lite.data import mixture
+from t5x_lite.data import mixture, text_lengths
 from t5x_lite.data.batches import AnyBatches
 from t5x_lite.kernels import attention
 from t5x_lite.objectives.entities import load_entities
@@ -65,6 +65,7 @@ class Setup:
         rules = cfg.sharding.rules
         ways = sharding.ways("vocab", rules, mesh.shape)
         cfg = resolve_entities(resolve_vocab_size(cfg, words, ways), words)
+        cfg = text_lengths.resolve(cfg, words)
         sizes = dataclasses.replace(cfg.sharding, **mesh.shape)
         cfg = dataclasses.replace(cfg, sharding=sizes)
         size = cfg.data.batch_size // cfg.optim.microbatches

@@ -46,13 +46,12 @@ class Packs:
 
 
 def pack(lengths_XS: np.ndarray, capacity: tuple[int, ...], *, seed: int) -> Packs:
-    """Packs examples by first-fit: each goes into the first row where it fits.
+    """Packs examples into rows.
 
-    The examples are shuffled and cut into groups of `GROUP`, which bounds the time; in
-    a group the long ones come first (first-fit decreasing, Johnson 1973). "Long" has
-    several meanings with several streams, and none is best for all data: the first
-    group tries them all, and the shuffled order, and to fill the rows one by one, and
-    what needs the fewest rows is kept for the others.
+    The examples are shuffled and cut into groups of up to `GROUP`, which bounds the
+    time. In a group, the long ones come first and each goes into the first row where
+    it fits (first-fit decreasing, Johnson 1973). With two streams that leaves room in
+    one of a row because the other is full: there `_two_by_two`.
 
     Args:
         lengths_XS: int [examples, streams], cells of each example in each stream.
@@ -65,32 +64,24 @@ def pack(lengths_XS: np.ndarray, capacity: tuple[int, ...], *, seed: int) -> Pac
     lengths_XS = np.asarray(lengths_XS, np.int64)
     _check(lengths_XS, capacity)
     shuffled_X = _shuffled(len(lengths_XS), seed)
-    groups = [shuffled_X[i : i + GROUP] for i in range(0, len(shuffled_X), GROUP)]
-
-    def packed(group, order):
-        if order is None:
-            rows, count = _row_by_row(lengths_XS[group], capacity)
+    examples, counts = [], []
+    for group in np.array_split(shuffled_X, math.ceil(len(shuffled_X) / GROUP)):
+        if len(capacity) == 2:
+            rows, count = _two_by_two(lengths_XS[group], capacity)
         else:
-            sizes = order(lengths_XS[group] / np.array(capacity))
-            group = group[np.argsort(-sizes, kind="stable")]
+            shares = (lengths_XS[group] / np.array(capacity)).sum(axis=1)
+            group = group[np.argsort(-shares, kind="stable")]
             rows, count = _first_fit(lengths_XS[group], capacity)
-        by_row = np.argsort(rows, kind="stable")
-        return group[by_row], np.bincount(rows, minlength=count)
-
-    best = ORDERS[0]
-    if len(capacity) > 1:
-        ways = (*ORDERS, None)
-        best = min(ways, key=lambda order: len(packed(groups[0], order)[1]))
-    parts = [packed(group, best) for group in groups]
-    examples = np.concatenate([part[0] for part in parts])
-    counts = np.concatenate([part[1] for part in parts])
+        examples.append(group[np.argsort(rows, kind="stable")])
+        counts.append(np.bincount(rows, minlength=count))
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+    cells_S = (len(offsets) - 1) * np.array(capacity)
     used_S = lengths_XS.sum(axis=0)
-    fills_S = used_S / (len(counts) * np.array(capacity))
     return Packs(
-        examples,
-        np.concatenate([[0], np.cumsum(counts)]),
-        float(used_S.sum() / (len(counts) * sum(capacity))),
-        tuple(fills_S.tolist()),
+        np.concatenate(examples),
+        offsets,
+        float(used_S.sum() / cells_S.sum()),
+        tuple((used_S / cells_S).tolist()),
     )
 
 
@@ -99,7 +90,7 @@ def targets_length(lengths_X2: np.ndarray, inputs_length: int, *, seed: int) -> 
 
     Chosen on a group of the examples: the ratio of all targets to all inputs, and up to
     twice that (where targets are short, room to spare costs little and the inputs then
-    fill their rows). At least the longest targets.
+    fill their rows). At least the longest targets: none is cut.
 
     Args:
         lengths_X2: int [examples, 2], cells of inputs and targets.
@@ -108,25 +99,16 @@ def targets_length(lengths_X2: np.ndarray, inputs_length: int, *, seed: int) -> 
     ratio = lengths_X2[:, 1].sum() / max(lengths_X2[:, 0].sum(), 1)
     least = max(int(lengths_X2[:, 1].max()), 1)
     tried = {max(math.ceil(inputs_length * ratio * s), least) for s in _SLACK}
-    few = lengths_X2[_shuffled(len(lengths_X2), seed)[: GROUP // 4]]
+    few = lengths_X2[_shuffled(len(lengths_X2), seed)[:GROUP]]
     fills = {T: pack(few, (inputs_length, T), seed=seed).fill for T in sorted(tried)}
     return max(fills, key=lambda T: fills[T])
 
 
-_SLACK = (1.0, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
+_SLACK = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
 
 
 def _shuffled(n: int, seed: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(seed % 2**64)).permutation(n)
-
-
-# Shares [X, S] of a row's capacity that examples take -> sizes [X], largest first.
-ORDERS = (
-    lambda shares_XS: shares_XS.sum(axis=1),
-    lambda shares_XS: shares_XS.max(axis=1),
-    lambda shares_XS: shares_XS[:, 0],
-    lambda shares_XS: np.zeros(len(shares_XS)),
-)
 
 
 def _check(lengths_XS: np.ndarray, capacity: tuple[int, ...]) -> None:
@@ -183,39 +165,101 @@ def _first_fit(lengths_XS: np.ndarray, capacity) -> tuple[np.ndarray, int]:
     return rows_X, count
 
 
-def _row_by_row(lengths_XS: np.ndarray, capacity) -> tuple[np.ndarray, int]:
-    """Row of each example: (int64 [X], rows).
+def _two_by_two(lengths_X2: np.ndarray, capacity) -> tuple[np.ndarray, int]:
+    """Row of each example: (int64 [X], rows), for two streams.
 
-    A row takes, as long as one fits, the example that looks most like its free cells:
-    the largest dot product of shares (Panigrahy et al. 2011, "Heuristics for Vector Bin
-    Packing", section 2). Keeps several streams in balance, where first-fit leaves room
-    in one because another is full.
+    A row takes the next examples while they fit, and closes with the one or two of all
+    that are left which leave the fewest cells free. That closing is looked for at each
+    step on the way; the best one is kept, and of the row what came before it. What then
+    still has room is closed in again.
     """
-    S, left_X = len(capacity), np.arange(len(lengths_XS))
-    lengths_SX = lengths_XS.T.astype(np.int32)
-    shares_SX = lengths_SX / np.array(capacity)[:, None]
-    rows_X, row, free = np.empty(len(lengths_XS), np.int64), 0, list(capacity)
-    gone = 0
-    while gone < len(left_X):
-        likeness_X = sum(shares_SX[s] * (free[s] / capacity[s]) for s in range(S))
-        fits_X = np.logical_and.reduce([lengths_SX[s] <= free[s] for s in range(S)])
-        likeness_X = np.where(fits_X, likeness_X, -1.0)
-        x = int(np.argmax(likeness_X))
-        if likeness_X[x] < 0:
-            row, free = row + 1, list(capacity)
-            continue
-        rows_X[left_X[x]] = row
-        free = [f - int(n) for f, n in zip(free, lengths_SX[:, x], strict=True)]
-        lengths_SX[:, x] = _GONE
-        gone += 1
-        if 4 * gone > len(left_X):
-            kept_X = lengths_SX[0] < _GONE
-            left_X, gone = left_X[kept_X], 0
-            lengths_SX, shares_SX = lengths_SX[:, kept_X], shares_SX[:, kept_X]
-    return rows_X, row + 1
+    kinds_K2, kind_X = np.unique(lengths_X2, axis=0, return_inverse=True)
+    kind_X = kind_X.reshape(-1)  # NumPy 2.0 gives [X, 1]
+    (a_K, b_K), all_K = kinds_K2.T, np.bincount(kind_X)
+    # Those of a kind are placed in the order given, so a count tells which have a row.
+    by_kind_X, left_K = np.argsort(kind_X, kind="stable"), all_K.copy()
+    nth_X = np.empty_like(kind_X)
+    starts_K = np.cumsum(all_K) - all_K
+    nth_X[by_kind_X] = np.arange(len(kind_X)) - np.repeat(starts_K, all_K)
+
+    def waiting(x: int) -> int:
+        """The first from x on that has no row, or the end."""
+        while x < len(kind_X) and nth_X[x] < all_K[kind_X[x]] - left_K[kind_X[x]]:
+            x += 1
+        return x
+
+    first, taken, counts, seconds = 0, [], [], _Seconds(kinds_K2)
+    while (first := waiting(first)) < len(kind_X):
+        if len(counts) % _STALE == 0:
+            seconds.look(left_K)
+        (a, b), row, x, best = capacity, [], first, (math.inf, 0, [])
+        while best[0]:
+            free, closing = seconds.closing(a, b, left_K)
+            if free < best[0]:
+                best = free, len(row), closing
+            x = waiting(x)
+            if x == len(kind_X) or a_K[kind_X[x]] > a or b_K[kind_X[x]] > b:
+                break
+            row.append(k := int(kind_X[x]))
+            left_K[k] -= 1
+            a, b = a - int(a_K[k]), b - int(b_K[k])
+        _, kept, closing = best
+        np.add.at(left_K, np.array(row[kept:], np.int64), 1)
+        row = row[:kept]
+        while closing:  # a third has room where all are short
+            row += closing
+            np.subtract.at(left_K, closing, 1)
+            a, b = capacity[0] - a_K[row].sum(), capacity[1] - b_K[row].sum()
+            closing = seconds.closing(int(a), int(b), left_K)[1]
+        taken += row
+        counts.append(len(row))
+    rows_X = np.empty_like(kind_X)
+    by_row = np.repeat(np.arange(len(counts)), counts)
+    rows_X[by_kind_X] = by_row[np.argsort(taken, kind="stable")]
+    return rows_X, len(counts)
 
 
-_GONE = 2**30  # cells of an example that has its row: fits nowhere
+_STALE = 16  # rows after which is looked anew what is left
+
+
+class _Seconds:
+    """Which one or two of the kinds that are left fill a row's end best.
+
+    `best_AB` tells the largest kind (size * K + kind) that fits into a cells of the one
+    stream and b of the other; lengths above 512 are rounded up, which bounds it.
+
+    Args:
+        kinds_K2: int [K, 2], different lengths.
+    """
+
+    def __init__(self, kinds_K2: np.ndarray):
+        self.a_K, self.b_K = (np.ascontiguousarray(side) for side in kinds_K2.T)
+        self.size_K = self.a_K + self.b_K
+        self.unit_a, self.unit_b = (kinds_K2.max(axis=0) // 512 + 1).tolist()
+
+    def look(self, left_K: np.ndarray):
+        """Takes note of how many of each kind are left."""
+        k = np.flatnonzero(left_K)
+        at_a, at_b = -(-self.a_K[k] // self.unit_a), -(-self.b_K[k] // self.unit_b)
+        best_AB = np.zeros((at_a.max() + 1, at_b.max() + 1), np.int64)
+        np.maximum.at(best_AB, (at_a, at_b), self.size_K[k] * len(left_K) + k)
+        np.maximum.accumulate(best_AB, axis=0, out=best_AB)
+        self.best_AB = np.maximum.accumulate(best_AB, axis=1, out=best_AB)
+
+    def closing(self, a: int, b: int, left_K: np.ndarray) -> tuple[int, list[int]]:
+        """-> (cells of a + b that stay free, up to two kinds that take the others)."""
+        one = np.flatnonzero((left_K > 0) & (self.a_K <= a) & (self.b_K <= b))
+        if not len(one):
+            return a + b, []
+        A, B = self.best_AB.shape
+        at_a = np.minimum((a - self.a_K[one]) // self.unit_a, A - 1)
+        at_b = np.minimum((b - self.b_K[one]) // self.unit_b, B - 1)
+        size, other = np.divmod(self.best_AB[at_a, at_b], len(left_K))
+        # It has gone since the last look, or is the one, of which no second is left.
+        size[left_K[other] <= (other == one)] = 0
+        best = int(np.argmax(self.size_K[one] + size))
+        kinds = [int(one[best])] + [int(other[best])] * bool(size[best])
+        return a + b - int(self.size_K[kinds].sum()), kinds
 
 
 def join(

@@ -11,7 +11,7 @@ from t5x_lite import dry, metrics, vocab
 from t5x_lite import model as model_lib
 from t5x_lite import run as run_lib
 from t5x_lite.config import Config
-from t5x_lite.data import pipeline
+from t5x_lite.data import pipeline, text_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +40,15 @@ class Cost:
 
 
 def of(cfg: Config) -> Cost:
-    """The cost of a run; needs its vocabulary's file, but no corpus.
+    """The cost of a run; needs its vocabulary's file, but no corpus (the tasks' files
+    where config.data.targets_length=0 leaves that length to them).
 
     Raises:
       ValueError, FileNotFoundError: the config does not fit together.
     """
     words = load_vocab(cfg.data.vocab, cfg.data.sentinels)
     cfg = run_lib.resolve_entities(run_lib.resolve_vocab_size(cfg, words), words)
+    cfg = text_lengths.resolve(cfg, words)
     shapes = stream_shapes(cfg, words)
     B = cfg.data.batch_size
     return Cost(
