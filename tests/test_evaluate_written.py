@@ -140,7 +140,7 @@ def test_the_command_evaluates_all_checkpoints_once(tmp_path, monkeypatch, capsy
         evaluate.evaluate([*flags, "--shots=2"])
     with pytest.raises(ValueError, match="--limit=-1 must be at least 0"):
         evaluate.evaluate([*flags, "--limit=-1"])
-    for more in (["--again"], ["--split=train"]):
+    for more in (["--again"], ["--split=train"], ["--task_dir=elsewhere"]):
         with pytest.raises(AssertionError, match="computed again"):
             evaluate.evaluate([*flags, *more])
     monkeypatch.setitem(sys.modules, "sklearn", None)
