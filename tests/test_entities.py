@@ -180,32 +180,6 @@ def test_padding_changes_nothing():
     np.testing.assert_allclose(padded_sums, sums, rtol=1e-5)
 
 
-def test_scan_and_remat_change_nothing():
-    stream = laid_out()["main"]
-    params = drawn(shape())
-
-    def gradients(cfg):
-        def loss(params):
-            bound = model.bind(model.build(cfg), params)
-            out = bound.outputs({"main": stream})
-            sums = bound.entity_sums(out, stream, step.row_weights(stream))
-            return sums.objective + jnp.sum(jnp.sin(out.cells_BKE))
-
-        return quick(jax.value_and_grad(loss))(params)
-
-    with jax.default_matmul_precision("highest"):
-        want, want_grads = gradients(shape())
-        for changes in (dict(scan=False, remat="none"), dict(remat="full")):
-            got, grads = gradients(shape(**changes))
-            np.testing.assert_allclose(got, want, rtol=1e-5)
-            for a, b in zip(
-                jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True
-            ):
-                # Some are 0 but for rounding, as those of the keys' biases.
-                limit = 3e-5 * float(jnp.abs(b).max() + 0.1)
-                np.testing.assert_allclose(a, b, atol=limit)
-
-
 def test_the_entity_loss_is_over_the_entities_of_the_row():
     cfg, stream = shape(), laid_out(batch=6)["main"]
     params = drawn(cfg)
