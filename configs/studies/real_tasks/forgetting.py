@@ -20,8 +20,8 @@ from configs.studies.real_tasks import stages
 from t5x_lite import config
 from t5x_lite.studies import runner
 
-VARIANTS = ("plain", "replay", "l2_start_0.1", "l2_start_1")
-STEPS = 60
+VARIANTS = ("plain", "replay", "l2_start_10", "l2_start_100")
+STEPS = 120
 
 
 def cell(root: pathlib.Path, variant: str, seed: int):
