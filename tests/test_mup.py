@@ -251,15 +251,9 @@ def powers(structure: str, optimizer: str, grow: str = "heads") -> dict:
     }
 
 
-# The others take minutes.
-FAST = [("decoder", "adamw")]
-ALL = [(s, o) for s in STRUCTURES for o in OPTIMIZERS]
-
-
-@pytest.mark.parametrize(
-    "structure, optimizer",
-    [pytest.param(*c, marks=() if c in FAST else pytest.mark.slow) for c in ALL],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_changes_are_flat_under_mup_and_grow_under_the_standard(structure, optimizer):
     """Bounds are from theory: flat is 0, growth at least half of what it should be.
 

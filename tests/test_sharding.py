@@ -243,6 +243,7 @@ def test_microbatches_equal_one_batch():
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_in_bfloat16_too():
     """Half the memory for gradients; losses stay within bfloat16's 8 bits of them."""
     one, state_1, _ = train(_dry(1), 1)

@@ -248,6 +248,7 @@ def test_a_truncated_checkpoint_is_named_and_an_older_one_taken(
     assert sequence(workdir) == sequence(whole)
 
 
+@pytest.mark.slow
 def test_the_way_out_of_a_bad_loss_fits_the_checkpoint(short, shared, tmp_path):
     """Clipping, weight decay and learning rate may change between two starts."""
     workdir = tmp_path / "copy"
