@@ -248,7 +248,7 @@ def test_a_class_of_theirs_comes_in_with_its_head_and_goes_out(family, head, tmp
     shape = config(family, head)
     about = hf_config.write(family, shape)
     about = IDS | dict(pad_token_id=0, attn_implementation="eager") | about
-    made = transformers.AutoConfig.for_model(about.pop("model_type"), **about)
+    made = transformers.AutoConfig.for_model(str(about.pop("model_type")), **about)
     net = getattr(transformers, row.name)(made).eval()
     with torch.no_grad():
         for p in net.parameters():  # a norm's ones and biases of zero test nothing
