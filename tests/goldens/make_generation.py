@@ -2,9 +2,10 @@
 
     pip install -e '.[parity]' && python -m tests.goldens.make_generation
 
-T5, BART and GPT-2 of t5.npz, t5_1_1.npz, bart.npz and gpt2.npz, in float32, on a batch
-of different lengths (GPT-2's padded on the left). EOS is a token that the model writes
-in the middle of a text, so that texts do end. The settings: tests/generation.py.
+T5, BART and GPT-2 of t5.npz, t5_1_1.npz, bart.npz and gpt2.npz, in float32, on rows of
+different lengths. GPT-2 gets them one by one: of a batch padded on the left `generate`
+counts the padding as text that n-grams must not repeat. EOS is a token that the model
+writes in the middle of a text, so that texts do end. The settings: tests/generation.py.
 """
 
 import pathlib
@@ -52,30 +53,36 @@ def written(model, rows, name: str, eos: int | None, start: int, **more):
         output_scores=True,
     )
     model.generation_config = config
-    B = len(rows)
     if model.config.is_encoder_decoder:
         stream = generation.stream(rows)
-        ids, mask = stream["tokens"], stream["segments"]
-        begin = torch.tensor([[start, *prefix]] * B)
-        inputs, skip = dict(decoder_input_ids=begin), begin.shape[1]
+        begin = torch.tensor([[start, *prefix]] * len(rows))
+        batches = [(stream["tokens"], stream["segments"])]
+        inputs, skip = dict(decoder_input_ids=begin), [begin.shape[1]]
     else:
-        longest = max(map(len, rows)) + len(prefix)
-        whole = [np.append(row, np.array(prefix, np.int32)) for row in rows]
-        ids = np.stack([np.pad(r, (longest - len(r), 0)) for r in whole])
-        mask = np.stack([np.arange(longest) >= longest - len(r) for r in whole])
-        inputs, skip = {}, longest
+        whole = [np.append(row, np.array(prefix, np.int32))[None] for row in rows]
+        batches = [(ids, np.ones_like(ids)) for ids in whole]
+        inputs, skip = {}, [ids.shape[1] for ids in whole]
     with torch.no_grad():
-        out = model.generate(
-            torch.tensor(ids, dtype=torch.long),
-            attention_mask=torch.tensor(mask, dtype=torch.long),
-            generation_config=config,
-            **inputs,
-        )
-    found = out.sequences[:, skip:].numpy()
-    found = np.pad(found, ((0, 0), (0, generation.NEW - found.shape[1])))
-    found = generation.cut(found.reshape(B, many, -1), -1 if eos is None else eos)
-    scores = getattr(out, "sequences_scores", None)
-    return found, None if scores is None else scores.numpy().reshape(B, many)
+        outs = [
+            model.generate(
+                torch.tensor(ids, dtype=torch.long),
+                attention_mask=torch.tensor(mask, dtype=torch.long),
+                generation_config=config,
+                **inputs,
+            )
+            for ids, mask in batches
+        ]
+    found = [_padded(out.sequences[:, n:].numpy()) for out, n in zip(outs, skip)]
+    ids = np.concatenate(found).reshape(len(rows), many, -1)
+    found = generation.cut(ids, -1 if eos is None else eos)
+    if not hasattr(outs[0], "sequences_scores"):
+        return found, None
+    scores = torch.cat([out.sequences_scores for out in outs])
+    return found, scores.numpy().reshape(len(rows), many)
+
+
+def _padded(ids_BT: np.ndarray) -> np.ndarray:
+    return np.pad(ids_BT, ((0, 0), (0, generation.NEW - ids_BT.shape[1])))
 
 
 def make(model, seed: int) -> dict[str, np.ndarray]:
