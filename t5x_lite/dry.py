@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from t5x_lite import config as config_lib
+from t5x_lite import distill, heads, optim, run, sharding, state, step, vocab, warmstart
 from t5x_lite import model as model_lib
-from t5x_lite import optim, run, sharding, state, step, vocab
-from t5x_lite.data import pipeline
+from t5x_lite.data import pipeline, task_batches, text_lengths
 from t5x_lite.kernels import attention
 
 STAND_IN_VOCAB = 32_100  # T5's: 32,000 pieces and 100 sentinels
@@ -48,7 +48,11 @@ class StandInStore:
 
 
 class Step(NamedTuple):
-    """A train step that can be lowered but not run."""
+    """A train step that can be lowered but not run.
+
+    Attributes:
+      beside: what it reads and no checkpoint holds, as `run.Setup.beside`.
+    """
 
     cfg: config_lib.Config
     notes: list[str]
@@ -57,8 +61,10 @@ class Step(NamedTuple):
     shapes: dict[str, tuple[int, int, int]]
     state: dict
     batch: dict
+    beside: dict
     used_ids: int
     tx: Any
+    teacher: distill.Teacher | None
 
     @classmethod
     def of(cls, cfg: config_lib.Config, devices) -> "Step":
@@ -73,6 +79,8 @@ class Step(NamedTuple):
         ways = sharding.ways("vocab", rules, mesh.shape)
         cfg = run.resolve_vocab_size(cfg, words, ways)
         cfg = run.resolve_entities(cfg, words)
+        if cfg.data.tasks:
+            cfg = text_lengths.resolve(cfg, readable(cfg, words))
         cfg = dataclasses.replace(
             cfg, sharding=dataclasses.replace(cfg.sharding, **mesh.shape)
         )
@@ -81,6 +89,12 @@ class Step(NamedTuple):
         net = model_lib.build(cfg.model)
         tx = optim.make(cfg, net)
         abstract = state.abstract(net, tx, mesh, rules, cfg.optim.offload)
+        teacher = distill.Teacher.of(cfg, words)
+        beside: dict[str, Any] = {}
+        if cfg.optim.l2_start:
+            beside["start"] = warmstart.kept(cfg, net, abstract["params"])
+        if teacher is not None:
+            beside["teacher"] = teacher.abstract(mesh, rules)
         size = cfg.data.batch_size // cfg.optim.microbatches
         where = sharding.batch_sharding(mesh, rules, size)
         one, shapes = example(cfg, words)
@@ -90,19 +104,23 @@ class Step(NamedTuple):
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
 
         batch = jax.tree.map(place, one)
-        return cls(cfg, notes, mesh, net, shapes, abstract, batch, words.size, tx)
+        return cls(
+            *(cfg, notes, mesh, net, shapes, abstract, batch, beside),
+            *(words.size, tx, teacher),
+        )
 
     def lower(self, platform: str):
         """The jitted step of `train`, lowered; needs no device."""
         jitted = jax.jit(
             step.make_train_step(
-                self.model, self.tx, self.cfg, self.used_ids, self.state
+                *(self.model, self.tx, self.cfg, self.used_ids, self.state),
+                self.teacher,
             ),
             donate_argnums=0,
             out_shardings=(state.shardings(self.state), None),
         )
         with sharding.use(self.mesh, self.cfg.sharding.rules):
-            traced = jitted.trace(self.state, self.batch)
+            traced = jitted.trace(self.state, self.batch, self.beside)
             return traced.lower(lowering_platforms=(platform,))
 
 
@@ -118,8 +136,35 @@ def vocabulary(cfg: config_lib.Config) -> tuple[vocab.Vocab, list[str]]:
     return StandInVocab(size, sentinels), [note]
 
 
+def readable(cfg: config_lib.Config, words: vocab.Vocab) -> vocab.Vocab:
+    """Refuses a stand-in for a vocabulary that texts of this config need.
+
+    Raises:
+      ValueError: naming them.
+    """
+    if isinstance(words, StandInVocab):
+        needs = {"config.data.tasks": ", ".join(cfg.data.tasks)}
+        needs["config.objective.entities"] = cfg.objective.get("entities", "")
+        key = next(key for key, value in needs.items() if value)
+        raise ValueError(
+            f"{key}={needs[key]!r} can be read with its vocabulary, and there is no "
+            f"file config.data.vocab={cfg.data.vocab!r}. Bring it here."
+        )
+    return words
+
+
 def example(cfg: config_lib.Config, words: vocab.Vocab):
-    """-> (a batch of one example of blank text, shapes of its streams)."""
+    """-> (a batch of one example, shapes of its streams).
+
+    Of a task's files, or blank text, as no text changes a shape.
+    """
+    if cfg.data.tasks:
+        data = dataclasses.replace(cfg.data, batch_size=heads.rows(cfg.model))
+        labelled = task_batches.train(
+            dataclasses.replace(cfg, data=data), readable(cfg, words)
+        )
+        run.check_fit(cfg, labelled)
+        return labelled[0], labelled.shapes
     knobs = dict(cfg.objective)
     if isinstance(words, StandInVocab):
         # These files hold ids of the vocabulary that is not here; they change no shape.
@@ -127,11 +172,7 @@ def example(cfg: config_lib.Config, words: vocab.Vocab):
             knobs["units"] = "word"
         knobs.pop("similar", None)
         if "entities" in knobs:
-            raise ValueError(
-                f"config.objective.entities={knobs['entities']!r} can be read with "
-                f"its vocabulary, and there is no file config.data.vocab="
-                f"{cfg.data.vocab!r}. Give both."
-            )
+            readable(cfg, words)
     batches = pipeline.Batches(
         StandInStore(int(words.ordinary[0])),  # type: ignore[arg-type]
         words,

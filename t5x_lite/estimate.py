@@ -53,7 +53,10 @@ def estimate(cfg: config_lib.Config, topology: Topology) -> dict[str, Any]:
         tokens=cfg.data.batch_size * sum(T for T, _, _ in step.shapes.values()),
         model_flops=model_flops * cfg.data.batch_size,
         state_bytes_all=state.size_bytes(step.state),
-        memory=dict(state=dry.held(step.state), batch=dry.held(step.batch)),
+        memory=dict(
+            state=dry.held(step.state) + dry.held(step.beside),
+            batch=dry.held(step.batch),
+        ),
     )
     memory = found["memory"]
     if chip:

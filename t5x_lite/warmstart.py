@@ -265,10 +265,15 @@ def start(cfg: Config, abstract_params: dict) -> dict[str, jax.Array]:
         out_shardings=jax.tree.map(lambda x: x.sharding, abstract_params),
     )
     fresh = draw(np.uint32(cfg.seed % 2**32))
+    return kept(cfg, net, params(cfg, abstract_params, fresh, quiet=True))
+
+
+def kept(cfg: Config, net, params: dict) -> dict:
+    """Those of a model's parameters that init_from gives, by name."""
     moves = plan(cfg, net, Source.of(cfg.init_from, cfg.init_step))
-    restored = {name for name, move in moves.items() if move.source is not None}
-    whole = _flat(params(cfg, abstract_params, fresh, quiet=True))
-    return {name: x for name, x in whole.items() if name in restored}
+    return {
+        name: x for name, x in _flat(params).items() if moves[name].source is not None
+    }
 
 
 def _left_adapters(moves: dict[str, Move], given: Source, loads: dict) -> list[str]:

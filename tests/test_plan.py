@@ -8,22 +8,18 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 
 from t5x_lite import (
     aot,
     cli,
     config,
-    dry,
     estimate,
     hardware,
     plan,
     plan_search,
     plan_tables,
-    run,
 )
-from tests.tiny import tiny_config
 
 CPU = aot.Topology.parse("cpu:8")
 
@@ -37,41 +33,6 @@ def load(name, **overrides):
 def resized(cfg, **sharding):
     sharding = dataclasses.replace(cfg.sharding, **sharding)
     return dataclasses.replace(cfg, sharding=sharding)
-
-
-@pytest.mark.parametrize(
-    "name", ["t5_1_1_base", "bert", "electra", "gpt3", "xlnet", "unilm_v2", "ernie"]
-)
-def test_the_dry_step_is_that_of_a_run(name, tmp_path):
-    """State, batch and model of `run.Setup`, which reads the corpus."""
-    cfg = load(name)
-    cfg = dataclasses.replace(
-        cfg,
-        compile_cache="",
-        data=dataclasses.replace(cfg.data, cache_dir=str(tmp_path)),
-    )
-    setup = run.Setup.of(cfg)
-    got = dry.Step.of(cfg, jax.devices())
-    assert got.cfg == setup.cfg and got.notes == []
-    assert got.state == setup.abstract_state
-    assert got.shapes == setup.train_batches.shapes
-    made = setup.train_batches.whole(0)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), got.batch) == jax.tree.map(
-        lambda x: (x.shape, np.dtype(x.dtype)), made
-    )
-
-
-@pytest.mark.parametrize("name", ["t5_1_1_xxl", "ernie", "macbert", "bert"])
-def test_a_vocabulary_file_that_is_not_here_changes_no_shape(name):
-    here = load(name)
-    missing = dataclasses.replace(
-        here, data=dataclasses.replace(here.data, vocab="nowhere.model")
-    )
-    one = dry.example(here, dry.vocabulary(here)[0])
-    words, (note,) = dry.vocabulary(missing)
-    other = dry.example(missing, words)
-    assert "nowhere.model" in note
-    assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, other)
 
 
 @pytest.mark.parametrize(
@@ -97,22 +58,6 @@ def test_recomputing_everything_costs_a_third_more():
     share = found["flops"] * found["devices"] / found["model_flops"]
     # Encoder and decoder layers run once more in the backward pass; the head does not.
     assert 1.15 < share < 1.34
-
-
-def test_the_state_on_one_device():
-    """Adam holds three float32 of each parameter; all matrices are split 8 ways."""
-    cfg = tiny_config(
-        optim=dict(name="adamw"),
-        sharding=dict(data=1, fsdp=8),
-        data=dict(vocab="nowhere.model"),
-    )
-    held, _ = dry.state_bytes(cfg, dry.StandInVocab(128, 100))
-    step = dry.Step.of(cfg, jax.devices())
-    assert held == dry.held(step.state)
-    whole = (
-        3 * 4 * sum(math.prod(p.shape) for p in jax.tree.leaves(step.state["params"]))
-    )
-    assert whole / 8 < held < whole / 8 * 1.3  # norms and position tables are whole
 
 
 # ---- topologies and errors ------------------------------------------------------

@@ -1,49 +1,78 @@
-"""Many saves: neither memory nor open files grow."""
+"""Many saves: open files do not grow, memory no more than with Orbax alone."""
 
 import gc
+import itertools
 import os
 import pathlib
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from t5x_lite import checkpoint, retention
 from tests.tiny import tiny_config
 
-SAVES = 2000
+SAVES, BARE, SKIP = 2000, 1100, 500  # by then caches are full
 
 
-def resident() -> int:
+def resident() -> float:
     """MiB of this process."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def states():
+    """1 MiB in 20 arrays, other values each time."""
+    rng = np.random.default_rng(0)
+    while True:
+        values = rng.normal(size=(20, 13_000)).astype(np.float32)
+        yield {f"array {i}": jnp.asarray(row) for i, row in enumerate(values)}
+
+
+def growth(save, wait, saves: int) -> tuple[float, int]:
+    """(KiB of each, files of all) that are left behind, from save SKIP on."""
+    seen = {}
+    for step, state in itertools.islice(enumerate(states(), 1), saves):
+        save(step, state)
+        if step % 100 == 0:
+            wait()
+            gc.collect()
+            seen[step] = (resident(), open_files())
+            print(f"{step} saves: {seen[step][0]:.1f} MiB, {seen[step][1]} files open")
+    grown = seen[saves][0] - seen[SKIP][0]
+    return grown * 2**10 / (saves - SKIP), seen[saves][1] - seen[SKIP][1]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
-def test_two_thousand_saves_leave_memory_and_files_flat(tmp_path):
-    """A state of 1 MiB in 20 arrays; from save 500 on, when the caches are full."""
-    made = checkpoint.Checkpoints(tmp_path, tiny_config().checkpoint)
-    rng, seen = np.random.default_rng(0), {}
-    for step in range(1, SAVES + 1):
-        values = rng.normal(size=(20, 13_000)).astype(np.float32)
-        state = {f"array {i}": jnp.asarray(row) for i, row in enumerate(values)}
+def test_two_thousand_saves_leave_no_more_than_orbax_alone(tmp_path):
+    """Open files stay; memory grows by what TensorStore loses, which is not ours.
+
+    Its Python bindings lose references in `Spec.to_json` and
+    `experimental_collect_matching_metrics`; Orbax calls them once an array and twice a
+    save. The same saves by Orbax alone, in the same process, show how much that is.
+    """
+    made = checkpoint.Checkpoints(tmp_path / "ours", tiny_config().checkpoint)
+
+    def save(step: int, state):
         made.save(step, state, {"step": step}, {"heldout_loss": 1 / step})
-        if step % 100 == 0:
-            made.wait()
-            gc.collect()
-            seen[step] = (resident(), open_files())
-            print(f"{step} saves: {seen[step][0]} MiB, {seen[step][1]} files open")
+
+    ours, files = growth(save, made.wait, SAVES)
     made.close()
-    assert retention.steps(tmp_path / "checkpoints") == [SAVES - 1, SAVES]
-    first, last = seen[500], seen[SAVES]
-    assert last[1] <= first[1] + 2
-    # TensorStore's Python bindings lose what they make of JSON, some 30 KiB a save
-    # here; bare Orbax grows alike. Nothing else may grow.
-    assert (last[0] - first[0]) * 2**10 <= 50 * (SAVES - 500)
+    assert retention.steps(tmp_path / "ours/checkpoints") == [SAVES - 1, SAVES]
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(tmp_path / "bare", options=options) as bare:
+        alone, _ = growth(
+            lambda step, state: bare.save(step, args=ocp.args.StandardSave(state)),
+            bare.wait_until_finished,
+            BARE,
+        )
+    print(f"KiB a save: {ours:.1f}, Orbax alone {alone:.1f}; {files:+} files")
+    assert files <= 2
+    assert ours <= 1.1 * alone

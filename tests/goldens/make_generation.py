@@ -72,8 +72,8 @@ def written(model, rows, name: str, eos: int | None, start: int, **more):
             )
             for ids, mask in batches
         ]
-    found = [_padded(out.sequences[:, n:].numpy()) for out, n in zip(outs, skip)]
-    ids = np.concatenate(found).reshape(len(rows), many, -1)
+    new = [out.sequences[:, n:].numpy() for out, n in zip(outs, skip, strict=True)]
+    ids = np.concatenate(list(map(_padded, new))).reshape(len(rows), many, -1)
     found = generation.cut(ids, -1 if eos is None else eos)
     if not hasattr(outs[0], "sequences_scores"):
         return found, None
