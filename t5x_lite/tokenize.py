@@ -79,6 +79,7 @@ def _build(parts: str, beam_flags: list[str]) -> Callable[..., building.Writer]:
         raise ValueError(
             f"--beam={parts} needs Apache Beam: pip install 't5x-lite[beam]' ({e})."
         ) from e
+    beam.check(beam_flags)
     return functools.partial(beam.build, parts=parts, flags=beam_flags)
 
 

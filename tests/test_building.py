@@ -220,6 +220,20 @@ def test_beam_makes_the_same_store(deduplicate, corpus, tmp_path, monkeypatch):
     assert not list((tmp_path / "parts").rglob("*.part"))
 
 
+def test_flags_that_beam_would_drop_are_refused():
+    pytest.importorskip("apache_beam", reason="needs the extra beam: apache-beam")
+    from t5x_lite.data import beam
+
+    beam.check(["--runner=DirectRunner", "--direct_num_workers=3"])
+    beam.check(["--runner=FlinkRunner", "--parallelism=3"])  # its server's
+    for wrong, named in (
+        ("--direct_num_worker=3", "direct_num_worker .*mean 'direct_num_workers'"),
+        ("--projekt=x", "--projekt behind --"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            beam.check(["--runner=DirectRunner", wrong])
+
+
 # The table of digests
 
 

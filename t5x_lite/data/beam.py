@@ -30,6 +30,7 @@ from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMiss
 )
 
 from t5x_lite import vocab as vocabularies
+from t5x_lite.config import nearest
 from t5x_lite.data import dedup, sources
 from t5x_lite.data.building import Piece, Writer
 from t5x_lite.data.encoding import Encoder, dtype_of
@@ -37,6 +38,8 @@ from t5x_lite.data.statistics import Statistics
 from t5x_lite.vocab import Vocab
 
 BLOCK_CHARS = 2**22  # of a file, encoded together
+
+SERVED = ("FlinkRunner", "SparkRunner", "PortableRunner")  # by a job server
 
 # File, number of the document in it, block of the file, text.
 Document = tuple[int, int, int, str]
@@ -99,6 +102,24 @@ def build(
         writer.commit()
         system.rm(root, recursive=True)
     return writer
+
+
+def check(flags: list[str]):
+    """Refuses what Beam would drop with a warning.
+
+    Raises:
+        ValueError: an unknown flag, but for runners whose own server has more of them.
+    """
+    options = PipelineOptions(flags)
+    known = options.get_all_options()
+    every = options.get_all_options(retain_unknown_options=True)
+    unknown = sorted({name.partition("=")[0] for name in every.keys() - known.keys()})
+    if unknown and known["runner"] not in SERVED:
+        raise ValueError(
+            f"--{unknown[0]} behind -- is no flag of Beam's with --runner="
+            f"{known['runner']}{nearest(unknown[0], known)}. Allowed: those of "
+            "https://beam.apache.org/documentation/runners for each runner."
+        )
 
 
 class _Read(beam.DoFn):
