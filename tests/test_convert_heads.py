@@ -240,6 +240,22 @@ def test_heads_without_a_counterpart_are_refused(shape, named, tmp_path):
             dict(architectures=["BertForSequenceClassification"]),
             "not in the files at all: head/pooler, head/pooler_bias",
         ),
+        (
+            "BertForSequenceClassification",
+            dict(id2label={str(i): str(i) for i in range(5)}),
+            "5 names in id2label, but classifier.weight has 3 outputs",
+        ),
+        (
+            "BertForTokenClassification",
+            dict(id2label=["a", "b", "c"]),
+            "id2label=.'a', 'b', 'c'.; an object with the keys",
+        ),
+        (
+            "BertForTokenClassification",
+            dict(id2label={"1": "a", "2": "b", "3": "c"}),
+            "id2label=.*an object with the keys",
+        ),
+        ("BertForTokenClassification", dict(id2label=3), "id2label=3; an object"),
     ],
 )
 def test_classes_that_are_none_of_ours_are_refused(name, changes, message, tmp_path):
@@ -248,6 +264,15 @@ def test_classes_that_are_none_of_ours_are_refused(name, changes, message, tmp_p
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match=f"(?s){message}"):
         huggingface.read(tmp_path / "hf")
+
+
+def test_names_of_classes_are_those_of_their_numbers():
+    """transformers reads the keys as numbers, whatever their order in the file."""
+    theirs = {key: f"n{key}" for key in sorted(map(str, range(12)))}
+    assert list(theirs)[:3] == ["0", "1", "10"]
+    found = workdirs.labels_of(tiny_config(), {"id2label": theirs})
+    assert found == [f"n{i}" for i in range(12)]
+    assert workdirs.labels_of(tiny_config(), {}) == []
 
 
 def test_one_output_is_a_number(tmp_path):

@@ -222,6 +222,24 @@ _BODY = (
 )
 
 
+def labels(theirs: Mapping[str, Any]) -> list[str]:
+    """The names of the classes in a config.json, by their numbers; [] = none there.
+
+    Its keys are texts, and some tools sort them so: "10" before "2".
+
+    Raises:
+      ValueError: id2label does not name the classes 0, 1, ...
+    """
+    named = theirs.get("id2label") or {}
+    numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
+    if not isinstance(named, dict) or {*named} != {*numbers}:
+        raise ValueError(
+            f"config.json has id2label={named!r}; an object with the keys "
+            '"0", "1", ... is needed. Copy the model\'s own config.json there.'
+        )
+    return [str(named[i]) for i in numbers]
+
+
 def fields(
     family: str,
     cfg: ModelConfig,
@@ -234,7 +252,8 @@ def fields(
       cfg: with the head of `head_of`.
 
     Raises:
-      ValueError: a loss that our head has not, or no weights of a head.
+      ValueError: a loss that our head has not, no weights of a head, or names of
+        more or fewer classes than these have.
     """
     head, row = cfg.head, find(family, cfg.head)
     assert row is not None
@@ -254,13 +273,17 @@ def fields(
             "have one class of each text, or one number. "
             f"{_BODY}"
         )
+    names = labels(theirs)
+    if names and head in ("class", "regression", "tags") and len(names) != count:
+        raise ValueError(
+            f"config.json has {len(names)} names in id2label, but {name} has {count} "
+            "outputs. Copy the model's own config.json there."
+        )
     found: dict[str, Any] = dict(head=head)
     found |= dict(classes=count if head in ("class", "tags") else 0)
     if head in heads.POOLED:
         found["head_pooler"] = "head/pooler" in row.rows
-    labels = theirs.get("id2label")
-    choices = len(labels) if isinstance(labels, dict) else 2
-    found |= dict(choices=max(choices, 2) if head == "choice" else 0)
+    found |= dict(choices=max(len(names), 2) if head == "choice" else 0)
     # There is no language model on top: nothing of it is drawn, if it need not be.
     return found | dict(
         tie_embeddings=True, output_bias=False, transform_output=bool(cfg.d_embed)

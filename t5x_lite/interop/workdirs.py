@@ -19,7 +19,7 @@ from t5x_lite import run as run_lib
 from t5x_lite.arrays import Lazy, Slot, narrowed
 from t5x_lite.config import Config
 from t5x_lite.data import custom_tasks
-from t5x_lite.interop import t5x
+from t5x_lite.interop import t5x, task_heads
 from t5x_lite.interop.tables import Imported
 
 # Where a workdir keeps what came with the weights.
@@ -253,8 +253,7 @@ def labels_of(cfg: Config, theirs: Mapping[str, Any]) -> list[str]:
         named = custom_tasks.find(cfg.data.tasks[0], cfg.data.custom_tasks).classes
         if named:
             return list(named)
-    known = theirs.get("id2label")
-    return [*map(str, known.values())] if isinstance(known, dict) else []
+    return task_heads.labels(theirs)
 
 
 def pad_of(cfg: Config) -> dict[str, int]:
