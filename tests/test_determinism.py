@@ -83,6 +83,8 @@ def test_four_processes_make_the_same_bytes(name, folder):
     made = batches(name, folder)
     ahead = pipeline.iterate(made, 0, STEPS, workers=4)
     assert [digest(batch) for _, batch in ahead] == GOLDEN[name][:STEPS]
+    for child in multiprocessing.active_children():
+        child.join(60)  # it was told to end
     assert not multiprocessing.active_children()
 
 

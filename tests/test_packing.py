@@ -138,6 +138,24 @@ def test_little_padding_is_left(monkeypatch):
         assert packing.pack(lengths_X2, (512, worse), seed=1).fill < fill
 
 
+def test_a_row_that_could_take_thousands_is_not_walked_again_and_again(monkeypatch):
+    """Halves that nearly fill a row in two, beside tiny ones: minutes, else."""
+    X, calls, real = 1024, 0, packing._Seconds.closing
+
+    def closing(*args):
+        nonlocal calls
+        calls += 1
+        return real(*args)
+
+    monkeypatch.setattr(packing._Seconds, "closing", closing)
+    lengths = np.concatenate(
+        [np.full((X // 2, 2), 4999), np.tile([[7, 1]], (X // 2, 1))]
+    )
+    packed = packing.pack(lengths, (9999, 9999), seed=0)
+    assert len(packed) <= X // 4 + 1  # two halves a row; the tiny ones fill one more
+    assert calls < 70 * len(packed)
+
+
 def test_what_packs_best_cuts_no_targets():
     lengths_X2 = np.array([[10, 3]] * 50 + [[10, 90]])
     assert packing.targets_length(lengths_X2, 20, seed=0) == 90

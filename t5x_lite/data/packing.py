@@ -170,8 +170,9 @@ def _two_by_two(lengths_X2: np.ndarray, capacity) -> tuple[np.ndarray, int]:
 
     A row takes the next examples while they fit, and closes with the one or two of all
     that are left which leave the fewest cells free. That closing is looked for at each
-    step on the way; the best one is kept, and of the row what came before it. What then
-    still has room is closed in again.
+    step on the way, until `_PATIENCE` steps have brought no better one; the best one is
+    kept, and of the row what came before it. What then still has room is closed in
+    again.
     """
     kinds_K2, kind_X = np.unique(lengths_X2, axis=0, return_inverse=True)
     kind_X = kind_X.reshape(-1)  # NumPy 2.0 gives [X, 1]
@@ -193,7 +194,7 @@ def _two_by_two(lengths_X2: np.ndarray, capacity) -> tuple[np.ndarray, int]:
         if len(counts) % _STALE == 0:
             seconds.look(left_K)
         (a, b), row, x, best = capacity, [], first, (math.inf, 0, [])
-        while best[0]:
+        while best[0] and len(row) - best[1] < _PATIENCE:
             free, closing = seconds.closing(a, b, left_K)
             if free < best[0]:
                 best = free, len(row), closing
@@ -220,6 +221,7 @@ def _two_by_two(lengths_X2: np.ndarray, capacity) -> tuple[np.ndarray, int]:
 
 
 _STALE = 16  # rows after which is looked anew what is left
+_PATIENCE = 64  # steps of a row without a better closing: its walk is not repeated
 
 
 class _Seconds:
