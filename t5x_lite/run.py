@@ -265,7 +265,8 @@ def check_fit(cfg: config_lib.Config, batches: AnyBatches):
             raise ValueError(
                 f"config.model.max_positions={model.max_positions} is less than the "
                 f"{longest} tokens of a stream. Set it to {longest} or more, or lower "
-                "config.data.inputs_length."
+                "config.data.inputs_length (and, of tasks as text, "
+                f"config.data.targets_length={cfg.data.targets_length})."
             )
     stream = batches[0][model_lib.trained_stream(model)]
     if ("entities" in stream) != (model.d_entity > 0):

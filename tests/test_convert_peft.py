@@ -96,6 +96,12 @@ def _leaves(tree, path=()):
             "trained .'inputs/norm/bias', 'inputs/norm/scale'. too",
         ),
         ("BertForSequenceClassification", ".*/query", dict(lora_rank=0), "no adapters"),
+        (
+            "GPT2ForSequenceClassification",
+            "head/kernel",
+            dict(lora_trained="nothing/.*"),
+            "head/kernel, whose bias theirs has not",
+        ),
     ],
 )
 def test_what_peft_has_not_is_refused(name, targets, more, message, tmp_path):

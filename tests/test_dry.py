@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,7 +62,7 @@ def test_the_dry_step_is_that_of_a_run(name, tmp_path):
 def test_the_dry_step_of_a_task_is_that_of_a_run(more, tmp_path):
     before = str(tmp_path / "before")
     tiny_run.save(tmp_path / "before")
-    more = dict(more, compile_cache="")
+    more: dict[str, Any] = dict(more, compile_cache="")
     if "distill" in more:
         more["distill"] = dict(teacher=before)
     if "init_from" in more:

@@ -1,6 +1,7 @@
 """Packing: against a plain loop, and packed rows against separate ones."""
 
 import functools
+import json
 import pathlib
 
 import hypothesis
@@ -200,6 +201,18 @@ def test_the_rows_of_the_demo_tasks_are_full(name, structure, length):
     assert sum(cells_BT.sum() for cells_BT in full) / cells >= 0.97
     assert cfg.data.targets_length >= max(map(len, made.targets))
     assert made.cut["targets"] == 0
+
+
+def test_a_length_needs_examples(tmp_path):
+    """WSC as text is trained on its true rows alone (T5, section 2.4)."""
+    folder = tmp_path / "WSC"
+    folder.mkdir()
+    spans = dict(span1_text="Ann", span1_index=0, span2_text="Eve", span2_index=2)
+    row = dict(text="Ann met Eve.", label=False, target=spans)
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    data = dict(tasks=("wsc",), task_dir=str(tmp_path), targets_length=0)
+    with pytest.raises(ValueError, match="'wsc',. have none to train on"):
+        text_lengths.resolve(tiny_config(data=data), WORDS)
 
 
 def test_the_seed_packs_other_examples_together():

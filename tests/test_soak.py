@@ -67,7 +67,7 @@ def open_files() -> int:
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_two_thousand_saves_leave_memory_and_files_flat(tmp_path, nothing_lost):
-    """A state of 1 MiB in 20 arrays; from save 500 on, when the caches are full."""
+    """A state of 1 MiB in 20 arrays; from save 1,000 on, when the caches are full."""
     made = checkpoint.Checkpoints(tmp_path, tiny_config().checkpoint)
     rng, seen = np.random.default_rng(0), {}
     for step in range(1, SAVES + 1):
@@ -81,6 +81,6 @@ def test_two_thousand_saves_leave_memory_and_files_flat(tmp_path, nothing_lost):
             print(f"{step} saves: {seen[step][0]:.1f} MiB, {seen[step][1]} files open")
     made.close()
     assert retention.steps(tmp_path / "checkpoints") == [SAVES - 1, SAVES]
-    first, last = seen[500], seen[SAVES]
+    first, last = seen[1000], seen[SAVES]
     assert last[1] <= first[1] + 2
     assert last[0] <= 1.02 * first[0]

@@ -19,7 +19,8 @@ def resolve(cfg: Config, words: Vocab) -> Config:
 
     Raises:
         ValueError: a length of 1, which is EOS alone; 0 in a mixture, whose texts give
-            the lengths; tasks, model and files that do not go together.
+            the lengths, or without an example; tasks, model and files that do not go
+            together.
     """
     data = cfg.data
     if data.targets_length == 1:
@@ -42,6 +43,12 @@ def resolve(cfg: Config, words: Vocab) -> Config:
         for record in task_readers.read(task.source, data.task_dir, "train")
         if tasks.trains(task, record)
     ]
+    if not texts:
+        raise ValueError(
+            f"config.data.targets_length=0 is chosen by examples, and config.data."
+            f"tasks={data.tasks} have none to train on. Set a length, or look at the "
+            "training files."
+        )
     sides = [words.encode_batch(list(side)) for side in zip(*texts, strict=True)]
     lengths_X2 = np.array([[len(ids) + 1 for ids in side] for side in sides]).T  # EOS
     lengths_X2[:, 0] = np.minimum(lengths_X2[:, 0], data.inputs_length)

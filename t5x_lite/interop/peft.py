@@ -169,6 +169,14 @@ def _saved(
             "adapters and a head alone."
         )
     if not others:
+        bias = params["head/bias"] if table.zero else np.zeros(1)
+        if f"{lora.PREFIX}head/kernel/a" in trained and bias.any():
+            raise ValueError(
+                f"config.model.lora_targets={cfg.lora_targets!r} has an adapter of "
+                "head/kernel, whose bias theirs has not: it lies in the norm before it "
+                "as the kernel without the adapter needs it. Merge the adapters "
+                "(--to=hf:DIR)."
+            )
         return {}
     rows = {table.rows[name].theirs for name in others if name in table.rows}
     if table.zero:
