@@ -47,7 +47,7 @@ def test_the_dry_step_is_that_of_a_run(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more",
+    "changes",
     [
         dict(data=dict(targets_length=0)),
         dict(
@@ -59,10 +59,10 @@ def test_the_dry_step_is_that_of_a_run(name, tmp_path):
     ],
     ids=["text", "head", "l2_start", "distill"],
 )
-def test_the_dry_step_of_a_task_is_that_of_a_run(more, tmp_path):
+def test_the_dry_step_of_a_task_is_that_of_a_run(changes, tmp_path):
     before = str(tmp_path / "before")
     tiny_run.save(tmp_path / "before")
-    more: dict[str, Any] = dict(more, compile_cache="")
+    more: dict[str, Any] = dict(changes, compile_cache="")
     if "distill" in more:
         more["distill"] = dict(teacher=before)
     if "init_from" in more:
