@@ -200,7 +200,8 @@ class Setup:
 
     def heldout_identity(self) -> dict[str, str]:
         """Fingerprint of each held-out set."""
-        return {f"heldout/{name}": b.fingerprint for name, b in self.heldouts.items()}
+        sets = self.heldouts.items()
+        return {f"heldout/{name}".rstrip("/"): b.fingerprint for name, b in sets}
 
     def heldout_steps(self, batches: AnyBatches) -> range:
         """Indices of the batches of a held-out set to evaluate on."""

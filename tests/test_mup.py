@@ -269,5 +269,8 @@ def test_changes_are_flat_under_mup_and_grow_under_the_standard(structure, optim
         assert found["mup", name] < 0.15, name
         if not name.startswith(("logits", "scores")):
             assert found["mup", name] > -0.15, name
-        if not name.startswith("input"):  # embeddings' rates are right in both
+        # Embeddings' rates are right in both; BERT's blocks end with a norm, whose
+        # output is of one size, so that its change is bounded at any width.
+        bounded = ("input", "block") if structure == "encoder" else ("input",)
+        if not name.startswith(bounded):
             assert found["standard", name] > theory / 2, name
