@@ -342,18 +342,21 @@ def load_run(workdir, step: int = -1):
     return cfg, net, params, chosen, meta
 
 
-def read_run(workdir, step: int = -1):
+def read_run(workdir, step: int = -1, key: str = "--workdir"):
     """What a finished or running run was: (config, step, meta).
 
     The config's platform is emptied and its attention is the reference: the run may
     have been on another machine.
+
+    Args:
+      key: what named it; stands in the error.
 
     Raises:
       FileNotFoundError: if `workdir` holds no checkpoint.
     """
     directory = pathlib.Path(workdir).absolute() / "checkpoints"
     nothing = FileNotFoundError(
-        f"--workdir={os.fspath(workdir)} has no checkpoint (looked in "
+        f"{key}={os.fspath(workdir)} has no checkpoint (looked in "
         f"{directory.name}/). Give the --workdir of a training run."
     )
     reader = Checkpoints(workdir, config_lib.CheckpointConfig(), reader=True)

@@ -41,6 +41,8 @@ def check_compatible(meta: dict, cfg: config_lib.Config, data: dict):
     trained = not meta.get("params_only")
     keys = _STATE_KEYS if trained else ("model",)
     found = [d for d in differing(keys, then, now) if d[0] not in free]
+    if found:  # the vocabulary gives their size
+        found += differing(["data.vocab"], then, now)
     way_out = "Restore these values, or train in a new --workdir."
     before = meta["data"]["vocab"] if "vocab" in meta["data"] else ""
     if not trained and before and before != data["vocab"]:

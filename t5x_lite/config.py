@@ -84,9 +84,9 @@ def freeze(raw) -> Config:
 
 
 def nearest(name: str, known) -> str:
-    """'; did you mean ...?' for the known name closest to `name`, or ''."""
+    """The end of a sentence: '; did you mean ...?' of the closest, '.' if none is."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def _build(cls, raw, path: str, problems: list[str]):

@@ -214,7 +214,7 @@ def import_run(source: Spec, to: pathlib.Path, made: pathlib.Path, flags):
 
 def export_run(source: pathlib.Path, to: Spec, made: pathlib.Path, flags):
     """Writes a checkpoint of a workdir into `made`."""
-    cfg, step, meta = checkpoint.read_run(source, flags.step)
+    cfg, step, meta = checkpoint.read_run(source, flags.step, "--from")
     trained, plain = cfg.model, lora.without(cfg.model)
     cfg = dataclasses.replace(cfg, model=plain)
     if to.format == "peft":

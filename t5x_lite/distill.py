@@ -59,7 +59,8 @@ class Teacher:
             return None
         asked = knobs(cfg)
         workdir = asked.pop("teacher")
-        given, step, meta = checkpoint.read_run(workdir, asked.pop("step"))
+        key = "config.distill.teacher"
+        given, step, meta = checkpoint.read_run(workdir, asked.pop("step"), key)
         still = dataclasses.replace(given.model, dropout=0.0, scan=cfg.model.scan)
         given = dataclasses.replace(given, model=still)
         if meta["data"].get("vocab") != words.fingerprint:

@@ -89,7 +89,9 @@ class Step(NamedTuple):
         net = model_lib.build(cfg.model)
         tx = optim.make(cfg, net)
         abstract = state.abstract(net, tx, mesh, rules, cfg.optim.offload)
-        teacher = distill.Teacher.of(cfg, words)
+        teacher = None
+        if cfg.distill:
+            teacher = distill.Teacher.of(cfg, readable(cfg, words))
         beside: dict[str, Any] = {}
         if cfg.optim.l2_start:
             beside["start"] = warmstart.kept(cfg, net, abstract["params"])
@@ -127,7 +129,8 @@ class Step(NamedTuple):
 def vocabulary(cfg: config_lib.Config) -> tuple[vocab.Vocab, list[str]]:
     """The vocabulary of a config or, if its file is not here, a stand-in; remarks."""
     spec, sentinels = cfg.data.vocab, cfg.data.sentinels
-    if spec == "bytes" or os.path.exists(spec):
+    parts = [spec] if os.path.exists(spec) else spec.split(",")
+    if spec == "bytes" or all(map(os.path.exists, parts)):
         return vocab.load(spec, sentinels), []
     size = cfg.model.vocab_size or STAND_IN_VOCAB
     note = f"no file {spec!r}: {size:,} ids stand in for it"
@@ -137,7 +140,7 @@ def vocabulary(cfg: config_lib.Config) -> tuple[vocab.Vocab, list[str]]:
 
 
 def readable(cfg: config_lib.Config, words: vocab.Vocab) -> vocab.Vocab:
-    """Refuses a stand-in for a vocabulary that texts of this config need.
+    """Refuses a stand-in for a vocabulary that texts or a teacher need.
 
     Raises:
       ValueError: naming them.
@@ -145,10 +148,11 @@ def readable(cfg: config_lib.Config, words: vocab.Vocab) -> vocab.Vocab:
     if isinstance(words, StandInVocab):
         needs = {"config.data.tasks": ", ".join(cfg.data.tasks)}
         needs["config.objective.entities"] = cfg.objective.get("entities", "")
+        needs["config.distill.teacher"] = cfg.distill.get("teacher", "")
         key = next(key for key, value in needs.items() if value)
         raise ValueError(
-            f"{key}={needs[key]!r} can be read with its vocabulary, and there is no "
-            f"file config.data.vocab={cfg.data.vocab!r}. Bring it here."
+            f"{key}={needs[key]!r} needs the vocabulary itself, and there is no file "
+            f"config.data.vocab={cfg.data.vocab!r}. Bring it here."
         )
     return words
 

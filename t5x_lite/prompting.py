@@ -196,8 +196,18 @@ def minimal_pairs(
 
 
 def read_pairs(folder: str, each: int = 0) -> list[Record]:
-    """The pairs of blimp.jsonl.xz in a folder; of each paradigm the first `each`."""
-    records = task_readers.read(BLIMP, folder, "train")
+    """The pairs of blimp.jsonl.xz in a folder; of each paradigm the first `each`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    try:
+        records = task_readers.read(BLIMP, folder, "train")
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"--blimp={folder}: there is no {BLIMP.train} in it. Give the folder that "
+            "has it."
+        ) from e
     if not each:
         return records
     seen: dict[str, int] = {}

@@ -80,6 +80,10 @@ def _objective(cfg: Config) -> str:
     return cfg.objective["name"]
 
 
+class Misfit(ValueError):
+    """The data of another run are not for these parameters."""
+
+
 def heldout_as(setup: run.Setup, params: dict, workdir, at: int = -1) -> dict:
     """Held-out metrics of another run's data and objective, with these parameters.
 
@@ -93,15 +97,15 @@ def heldout_as(setup: run.Setup, params: dict, workdir, at: int = -1) -> dict:
         of its own that were kept}.
 
     Raises:
-        ValueError: its model or vocabulary is another one.
+        Misfit: its model or vocabulary is another one.
     """
     given, at, meta = checkpoint.read_run(workdir, at)
     if meta.get("params_only"):
-        raise ValueError("it was converted, and has no data of its own")
+        raise Misfit("it was converted, and has no data of its own")
     if meta["data"].get("vocab") != setup.vocab.fingerprint:
-        raise ValueError("it has another vocabulary")
+        raise Misfit("it has another vocabulary")
     if given.model.structure != setup.cfg.model.structure:
-        raise ValueError(f"its structure is {given.model.structure!r}")
+        raise Misfit(f"its structure is {given.model.structure!r}")
     given = dataclasses.replace(given, sharding=setup.cfg.sharding)
     other = run.Setup.of(given, list(setup.mesh.devices.flat))
     with sharding.use(other.mesh, other.cfg.sharding.rules):
@@ -113,7 +117,7 @@ def heldout_as(setup: run.Setup, params: dict, workdir, at: int = -1) -> dict:
             mixed[name] = ours[name] if same else array
             kept += [] if same else [name]
         if foreign := [name for name in kept if not name.startswith(OWN)]:
-            raise ValueError(f"its parameters {foreign[:3]} are not those of this run")
+            raise Misfit(f"its parameters {foreign[:3]} are not those of this run")
         cfg = dataclasses.replace(other.cfg, model=lora.without(other.cfg.model))
         net = model.build(cfg.model)
         other = dataclasses.replace(other, cfg=cfg, model=net)
@@ -136,13 +140,25 @@ def _nested(flat: dict) -> dict:
 
 
 def evaluate_as(workdir, ancestor, at: int = -1, ancestor_step: int = -1) -> dict:
-    """`heldout_as` of a run's checkpoint, on one device: `evaluate --as=ANCESTOR`."""
+    """`heldout_as` of a run's checkpoint, on one device: `evaluate --as=ANCESTOR`.
+
+    Raises:
+        FileNotFoundError, ValueError: one of both is no run, or they do not fit.
+    """
     cfg, at, _ = checkpoint.read_run(workdir, at)
+    _, ancestor_step, _ = checkpoint.read_run(ancestor, ancestor_step, "--as")
     setup = run.Setup.of(run.alone(cfg), jax.devices()[:1])
     with sharding.use(setup.mesh, setup.cfg.sharding.rules):
         abstract = setup.abstract_state["params"]
         params = checkpoint.load_params(workdir, at, abstract)
-        return {"step": at} | heldout_as(setup, params, ancestor, ancestor_step)
+        try:
+            found = heldout_as(setup, params, ancestor, ancestor_step)
+        except Misfit as e:
+            raise ValueError(
+                f"--as={ancestor} cannot be evaluated with the parameters of --workdir="
+                f"{workdir}: {e}. Give a run of the same vocabulary and model."
+            ) from e
+        return {"step": at} | found
 
 
 def finish(setup: run.Setup, params: dict, workdir: pathlib.Path, at: int):

@@ -53,7 +53,7 @@ def check(cfg: Config):
             )
         raise ValueError(
             f"config.checkpoint.metric={asked!r} is none that an evaluation of this "
-            f"run writes{nearest(asked, known) or '.'} Allowed: {', '.join(known)}."
+            f"run writes{nearest(asked, known)} Allowed: {', '.join(known)}."
             f"{whole}"
         )
     if cfg.data.task_format == "head" and not cfg.eval_batches:

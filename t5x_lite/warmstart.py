@@ -171,7 +171,7 @@ def _names(cfg: Config, ours: list[str], source: Source):
         found[name] = (there, "") if there in source.declared else (None, why)
     for number, (pattern, _) in enumerate(cfg.init_rules):
         if number not in used:
-            near = config_lib.nearest(pattern, ours) or "."
+            near = config_lib.nearest(pattern, ours)
             raise ValueError(
                 f"config.init_rules: {pattern!r} is the first match of no parameter"
                 f"{near} There are {_some(ours)}."

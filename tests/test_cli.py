@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from t5x_lite import __main__ as console
-from t5x_lite import cli, config, export, generate
+from t5x_lite import cli, config, convert, evaluate, export, generate
 from tests import tiny_run
 
 DEMO = "--config=configs/demo.py"
@@ -213,6 +213,19 @@ def test_export_refuses_a_missing_workdir(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         export.main([f"--workdir={tmp_path / 'no'}", f"--output={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())
+
+
+def test_another_run_is_refused_under_the_flag_that_names_it(tiny_workdir, tmp_path):
+    ours, none = f"--workdir={tiny_workdir}", tmp_path / "none"
+    with pytest.raises(FileNotFoundError, match=f"^--as={none} has no checkpoint"):
+        evaluate.main([ours, f"--as={none}"])
+    with pytest.raises(FileNotFoundError, match=f"^--from={none} has no checkpoint"):
+        convert.main([f"--from={none}", f"--to=hf:{tmp_path / 'out'}"])
+    tiny_run.save(tmp_path / "other", "data/vocab_4k.model")
+    with pytest.raises(
+        ValueError, match="--as=.*other .* it has another vocabulary. G"
+    ):
+        evaluate.main([ours, f"--as={tmp_path / 'other'}"])
 
 
 def test_reading_a_run_leaves_a_half_written_checkpoint_alone(tiny_workdir):

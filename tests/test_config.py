@@ -22,6 +22,11 @@ def test_every_experiment_is_a_valid_config(name, arg):
     config.freeze(importlib.import_module(f"configs.{name}").get_config(arg))
 
 
+def test_the_nearest_name_ends_the_sentence():
+    assert config.nearest("lerning", ["learning"]) == "; did you mean 'learning'?"
+    assert config.nearest("zz", ["learning"]) == "."
+
+
 def test_all_problems_are_listed_at_once_with_the_nearest_key():
     raw = config.to_json(config.Config())
     raw["steps"] = 0

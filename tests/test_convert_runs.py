@@ -100,8 +100,17 @@ def test_another_model_is_not_trained_from_a_converted_workdir(tmp_path):
     free = dataclasses.replace(cfg, seed=5, optim=tiny.tiny_config().optim)
     compatible.check_compatible(meta, free, data)
     other = dataclasses.replace(cfg.model, activation="relu")
-    with pytest.raises(ValueError, match="config.model.activation: 'gelu'"):
+    with pytest.raises(ValueError, match="config.model.activation: 'gelu'") as error:
         compatible.check_compatible(meta, dataclasses.replace(cfg, model=other), data)
+    assert "data.vocab" not in str(error.value)
+    larger = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, vocab_size=384),
+        data=dataclasses.replace(cfg.data, vocab="bytes"),
+    )
+    both = r"vocab_size: 4224 in .*384 now\n  - config.data.vocab: .*, 'bytes' now"
+    with pytest.raises(ValueError, match=both):
+        compatible.check_compatible(meta, larger, data)
     with pytest.raises(ValueError, match="data vocab"):
         compatible.check_compatible(meta, cfg, data | dict(vocab="other"))
 

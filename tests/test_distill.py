@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from t5x_lite import distill, model, step
+from t5x_lite import distill, model, step, vocab
 from t5x_lite.config import ConfigError
 from tests import tiny
 from tests.test_lora import drawn
@@ -118,6 +118,13 @@ def test_a_head_is_taught_and_layers_are_projected():
 def test_bad_knobs_are_refused(knobs, named):
     with pytest.raises(ConfigError, match=named):
         tiny.tiny_config(distill=knobs)
+
+
+def test_a_teacher_that_is_not_there(tmp_path):
+    cfg = tiny.tiny_config(distill=dict(teacher=str(tmp_path)))
+    named = f"^config.distill.teacher={tmp_path} has no checkpoint"
+    with pytest.raises(FileNotFoundError, match=named):
+        distill.Teacher.of(cfg, vocab.load("bytes"))
 
 
 def test_chunks_change_nothing():

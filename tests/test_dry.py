@@ -1,12 +1,14 @@
 """The step without its data: that of a run, as far as shapes go."""
 
 import dataclasses
+import json
 import math
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from t5x_lite import cli, config, dry, run
 from tests import tiny_run, toy_task
@@ -78,10 +80,25 @@ def test_the_dry_step_of_a_task_is_that_of_a_run(changes, tmp_path):
     got.lower("cpu")
 
 
-def test_a_task_needs_its_vocabulary(tmp_path):
-    data = toy_task.custom(tmp_path) | dict(vocab="nowhere.model")
+def test_a_task_and_a_teacher_need_their_vocabulary(tmp_path):
+    gone = dict(vocab="nowhere.model")
+    cfg = tiny_config(data=toy_task.custom(tmp_path) | gone)
     with pytest.raises(ValueError, match="config.data.tasks='toy' .*nowhere.model"):
-        dry.Step.of(tiny_config(data=data), jax.devices())
+        dry.Step.of(cfg, jax.devices())
+    tiny_run.save(tmp_path / "before")
+    cfg = tiny_config(data=gone, distill=dict(teacher=str(tmp_path / "before")))
+    with pytest.raises(ValueError, match="config.distill.teacher=.* needs the voc"):
+        dry.Step.of(cfg, jax.devices())
+
+
+def test_a_vocabulary_of_two_files_is_here(tmp_path):
+    pieces, merges = tmp_path / "pieces.json", tmp_path / "pairs.txt"
+    alphabet = [*tokenizers.pre_tokenizers.ByteLevel.alphabet(), "th"]
+    pieces.write_text(json.dumps({piece: i for i, piece in enumerate(alphabet)}))
+    merges.write_text("#version: 0.2\nt h\n")
+    cfg = tiny_config(data=dict(vocab=f"{pieces},{merges}"))
+    words, notes = dry.vocabulary(cfg)
+    assert notes == [] and not isinstance(words, dry.StandInVocab)
 
 
 @pytest.mark.parametrize("name", ["t5_1_1_xxl", "ernie", "macbert", "bert"])

@@ -195,6 +195,11 @@ def test_minimal_pairs_count_by_paradigm(structure):
     assert rows[0]["good_score"] == pytest.approx(scores[0][0], abs=1e-4)
 
 
+def test_pairs_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^--blimp={tmp_path}: .*blimp.jsonl"):
+        prompting.read_pairs(str(tmp_path))
+
+
 def test_bits_per_byte_by_hand():
     """Nats of all tokens, EOS included, over the bytes of the text."""
     ids = np.append(WORDS.encode("héllo"), WORDS.eos_id)[None]  # 6 bytes, 7 tokens

@@ -296,7 +296,7 @@ REFUSED = {
         dict(head="class", classes=3),
         "classes=3: task toy with head 'class' has 2. Set it to 2",
     ),
-    "unknown": (dict(tasks=("toi",)), {}, "no task 'toi'; did you mean 'toy'"),
+    "unknown": (dict(tasks=("toi",)), {}, "no task 'toi'; did you mean 'toy'. Tasks"),
     "two": (
         dict(tasks=("toy", "rte"), task_format="head"),
         dict(head="class", classes=2),

@@ -117,7 +117,7 @@ def check(flags: list[str]):
     if unknown and known["runner"] not in SERVED:
         raise ValueError(
             f"--{unknown[0]} behind -- is no flag of Beam's with --runner="
-            f"{known['runner']}{nearest(unknown[0], known)}. Allowed: those of "
+            f"{known['runner']}{nearest(unknown[0], known)} Allowed: those of "
             "https://beam.apache.org/documentation/runners for each runner."
         )
 

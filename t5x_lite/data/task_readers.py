@@ -147,8 +147,9 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
                 yield number, line
     except FileNotFoundError as e:
         raise FileNotFoundError(
-            f"{path}: there is no such file. config.data.task_dir is the folder of the "
-            "task's files; t5x_lite/data/tasks.py lists their names."
+            f"{path}: there is no such file. config.data.task_dir (of `evaluate`: "
+            "--task_dir) is the folder of the task's files; t5x_lite/data/tasks.py "
+            "lists their names."
         ) from e
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}, after line {number}: not UTF-8 ({e}).") from e
