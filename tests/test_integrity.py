@@ -155,7 +155,7 @@ def reader_of(run: pathlib.Path) -> checkpoint.Checkpoints:
 def test_a_flipped_bit_anywhere_is_named_or_changes_nothing(run):
     counts = count_flips(run, 2)
     print(counts)
-    assert counts["named"] > counts["no effect"] > 0
+    assert min(counts.values()) > 0, "flips of both kinds, or nothing was tried"
 
 
 @pytest.mark.slow
