@@ -179,7 +179,8 @@ def same(cfg: ModelConfig, found: np.ndarray, expected: np.ndarray, batch: dict)
     if cfg.head in ("tags", "span"):
         at = stream["segments" if cfg.head == "tags" else "allowed"] > 0
         found, expected = found[at], expected[at]
-    assert found.shape == expected.shape and np.abs(expected).max() > 0.05
+    # One logit of a few texts may be near 0 by chance, never within what is allowed.
+    assert found.shape == expected.shape and np.abs(expected).max() > WITHIN
     np.testing.assert_allclose(found, expected, atol=WITHIN, rtol=0)
 
 
