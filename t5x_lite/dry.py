@@ -79,8 +79,7 @@ class Step(NamedTuple):
         ways = sharding.ways("vocab", rules, mesh.shape)
         cfg = run.resolve_vocab_size(cfg, words, ways)
         cfg = run.resolve_entities(cfg, words)
-        if cfg.data.tasks:
-            cfg = text_lengths.resolve(cfg, readable(cfg, words))
+        cfg = resolve_lengths(cfg, words)
         cfg = dataclasses.replace(
             cfg, sharding=dataclasses.replace(cfg.sharding, **mesh.shape)
         )
@@ -155,6 +154,13 @@ def readable(cfg: config_lib.Config, words: vocab.Vocab) -> vocab.Vocab:
             f"config.data.vocab={cfg.data.vocab!r}. Bring it here."
         )
     return words
+
+
+def resolve_lengths(cfg: config_lib.Config, words: vocab.Vocab) -> config_lib.Config:
+    """Fills in config.data.targets_length=0 of tasks, as a run does."""
+    if not cfg.data.tasks:
+        return cfg
+    return text_lengths.resolve(cfg, readable(cfg, words))
 
 
 def example(cfg: config_lib.Config, words: vocab.Vocab):

@@ -136,6 +136,7 @@ def candidates(
     from t5x_lite import dry
 
     words, _ = dry.vocabulary(cfg)
+    cfg = dry.resolve_lengths(cfg, words)
     n, batch = devices(topology), cfg.data.batch_size
     sequence = max(1, cfg.sharding.sequence)
     _, shapes = dry.example(cfg, words)

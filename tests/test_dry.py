@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from t5x_lite import cli, config, dry, run
+from t5x_lite import aot, cli, config, dry, plan_search, run
 from tests import tiny_run, toy_task
 from tests.tiny import tiny_config
 
@@ -78,6 +78,15 @@ def test_the_dry_step_of_a_task_is_that_of_a_run(changes, tmp_path):
     assert alike(got.batch, setup.train_batches.whole(0))
     assert alike(got.beside, setup.beside())
     got.lower("cpu")
+
+
+def test_a_search_chooses_the_targets_length_too(tmp_path):
+    data = toy_task.custom(tmp_path) | dict(targets_length=0)
+    cfg = tiny_config(data=data, model=dict(vocab_size=384))
+    wanted = run.Setup.of(dataclasses.replace(cfg, compile_cache="")).cfg
+    found = [c for _, c in plan_search.candidates(cfg, aot.Topology.parse("cpu:8"))]
+    lengths = {c.data.targets_length for c in found}
+    assert lengths == {wanted.data.targets_length}
 
 
 def test_a_task_and_a_teacher_need_their_vocabulary(tmp_path):
